@@ -1,0 +1,102 @@
+"""What our two engines share: loss normalisation, the exact global gradient norm, and tied weights.
+
+The loss is a *sum* over counted tokens and is divided once, by the count of the whole global batch. DeepSpeed averages
+gradients over the data axis, so the factor is ``data_parallel_size / count``, and its division by the number of
+micro-batches is left out; no micro-batching, masking or rank count then changes the gradient.
+
+The norm counts every weight once, and combines the weights' sums of squares with ``math.fsum``, whose result does not
+depend on the order: all pipeline layouts clip by the same bits.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from megatron_ds.optim.grad_norm import clip_coefficient, global_norm, sum_of_squares
+from megatron_ds.parallel.groups import Groups
+
+
+class GlobalNorm:
+    """The global gradient norm over every layout of weights: each rank knows some parts, all ranks get the result."""
+
+    def __init__(self, groups: Groups, weight_names: list[str], parameters: dict[str, nn.Parameter]):
+        """``weight_names``: all weights of the model, in the same order on every rank."""
+        self._groups = groups
+        self._slot = {name: index for index, name in enumerate(weight_names)}
+        self._name = {id(parameter): name for name, parameter in parameters.items()}
+
+    def __call__(self, parts: Iterable[tuple[nn.Parameter, Tensor]], *, sharded: bool) -> float:
+        """Norm of the gradients whose parts this rank holds.
+
+        Args:
+            parts: parameters and (parts of) their gradients. Copies of a tied weight are left out here.
+            sharded: the parts of the data ranks differ (ZeRO), instead of being the same.
+        """
+        squares = torch.zeros(len(self._slot), dtype=torch.float64, device=self._groups.device)
+        for parameter, gradient in parts:
+            if not getattr(parameter, "ds_pipe_replicated", False):
+                squares[self._slot[self._name[id(parameter)]]] += sum_of_squares(gradient)
+        if sharded:
+            self._groups.sum_over("data", squares)
+        self._groups.sum_over("pipe", squares)  # one non-zero term per slot, so the sum is exact
+        return global_norm(dict(zip(self._slot, squares.tolist())))
+
+
+class GradientsMixin:
+    """Mixed into a ``DeepSpeedEngine`` subclass; see the module docstring."""
+
+    groups: Groups
+    global_norm: GlobalNorm
+
+    def install_global_norm(self, weight_names: list[str], parameters: dict[str, nn.Parameter]) -> None:
+        """Replace the norms that DeepSpeed computes for ZeRO 0-2; ZeRO-3 and bf16 (fp32 sums by DeepSpeed) are kept."""
+        self.global_norm = GlobalNorm(self.groups, weight_names, parameters)
+        if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
+            self.optimizer.scaled_global_norm = self._zero_norm
+
+    def _zero_norm(self) -> Tensor:
+        """Norm over ZeRO-1/2 shards, still multiplied by the loss scale as the wrapper expects."""
+        optimizer = self.optimizer
+        parts = [
+            (parameter, gradient)
+            for index in range(len(optimizer.bit16_groups))
+            for gradient, parameter in zip(
+                (g for g in optimizer.averaged_gradients[index] if not getattr(g, "_zero_padding", False)),
+                optimizer.params_in_partition[index],
+            )
+        ]
+        return torch.tensor(self.global_norm(parts, sharded=True), device=self.groups.device)
+
+    def _take_model_step(self, lr_kwargs: dict | None) -> None:
+        """DeepSpeed's step; without a ZeRO wrapper the norm and the clipping are ours."""
+        if isinstance(self.optimizer, torch.optim.Optimizer):
+            parameters = [p for p in self.module.parameters() if p.grad is not None]
+            self._global_grad_norm = self.global_norm([(p, p.grad) for p in parameters], sharded=False)
+            coefficient = clip_coefficient(self._global_grad_norm, self.gradient_clipping())
+            if coefficient < 1:
+                torch._foreach_mul_([p.grad for p in parameters], coefficient)
+        super()._take_model_step(lr_kwargs)
+
+    def clip_fp32_gradients(self) -> None:
+        """Done in ``_take_model_step``; DeepSpeed's version counts only the first pipeline stage."""
+
+    def set_learning_rate(self, value: float) -> None:
+        """Learning rate of every parameter group for the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
+
+    @property
+    def gradient_norm(self) -> float:
+        """Global norm of the last step's gradient before clipping; infinite when the step was skipped."""
+        return float(self._global_grad_norm)
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the fp16 loss; 1 in other precisions."""
+        return float(getattr(self.optimizer, "loss_scale", 1.0)) if self.fp16_enabled() else 1.0
+
+
+Objective = Callable[[Tensor, "object"], Tensor]
+"""logits_BSV and the batch to the *sum* of the loss over counted tokens."""

@@ -1,0 +1,77 @@
+"""Build the engine of a run: the model's layers for this rank, the optimizer, and DeepSpeed around them.
+
+``deepspeed.initialize`` hard-codes its engine classes, so this does what it does for ours. One pipeline stage runs under
+``PlainEngine`` (ZeRO 0-3), several under ``TableEngine`` (ZeRO 0-1).
+"""
+
+import logging
+import warnings
+
+import torch
+from deepspeed.runtime import zero
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.utils import logger as deepspeed_logger
+from torch import nn
+
+from megatron_ds.config.load import deepspeed_dict
+from megatron_ds.config.schema import ModelConfig, RunConfig
+from megatron_ds.engine.gradients import Objective
+from megatron_ds.engine.module import StageModule
+from megatron_ds.engine.pipeline_engine import TableEngine
+from megatron_ds.engine.plain_engine import PlainEngine
+from megatron_ds.model.decoder import Decoder
+from megatron_ds.model.init import initialize
+from megatron_ds.optim.optimizers import build_optimizer
+from megatron_ds.parallel.groups import Groups
+
+Engine = PlainEngine | TableEngine
+
+
+def build_engine(config: RunConfig, groups: Groups, objective: Objective) -> tuple[Engine, dict[str, nn.Parameter]]:
+    """The engine, and this rank's parameters under their logical names.
+
+    Args:
+        config: resolved configuration.
+        groups: process groups of the run.
+        objective: logits and batch to the loss sum.
+    """
+    deepspeed_logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(deepspeed|torch)\.")
+    ours = config.megatron_ds
+    recompute = ours.training.recompute_granularity
+    if groups.topology.pipe > 1:
+        module = StageModule(ours.model, groups, recompute)
+        parameters = module.logical_names()
+    else:
+        module = Decoder(ours.model, recompute).to(groups.device)
+        parameters = dict(module.named_parameters())
+    initialize(parameters.items(), ours.model, ours.training.seed)
+
+    settings = deepspeed_dict(config)
+    mpu = module.mpu() if groups.topology.pipe > 1 else None
+    zero.partition_parameters.shutdown_init_context()
+    arguments = {
+        "args": None,
+        "model": module,
+        "optimizer": build_optimizer(parameters.items(), config.optimizer, lr=config.optimizer.params.lr),
+        "mpu": mpu,
+        "config": settings,
+        "config_class": DeepSpeedConfig(settings, mpu),
+        "groups": groups,
+        "objective": objective,
+        "seed": ours.training.seed,
+    }
+    if groups.topology.pipe > 1:
+        engine: Engine = TableEngine(**arguments, schedule=ours.parallel.schedule.kind)
+    else:
+        engine = PlainEngine(**arguments)
+    zero.partition_parameters.restore_init_context()
+    engine.install_global_norm(weight_names(ours.model), parameters)
+    return engine, parameters
+
+
+def weight_names(model: ModelConfig) -> list[str]:
+    """Logical names of all weights of the model, in layer order."""
+    with torch.device("meta"):
+        return [name for name, _ in Decoder(model).named_parameters()]
+

@@ -1,0 +1,83 @@
+"""One pipeline stage of the model as a DeepSpeed ``PipelineModule``.
+
+The layers are the same as in ``model.decoder.Decoder``; only the container differs. DeepSpeed names submodules by their
+index in the layer list and tied ones by their key; ``logical_names`` turns both into the names that checkpoints use.
+"""
+
+import contextlib
+import io
+
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from torch import Tensor, nn
+
+from megatron_ds.config.schema import ModelConfig
+from megatron_ds.model.cost import layer_costs
+from megatron_ds.model.decoder import Context, LayerEntry, layer_list, run, tied_output
+from megatron_ds.parallel.groups import Groups
+from megatron_ds.pipeline.partition import partition
+
+
+class StageModule(PipelineModule):
+    """The layers of this rank's stage."""
+
+    def __init__(self, model: ModelConfig, groups: Groups, recompute: str | None):
+        entries = layer_list(model)
+        # nn.Module's __setattr__ needs its __init__, which PipelineModule runs only after it partitions the layers.
+        object.__setattr__(self, "_stage_bounds", stage_bounds(model, groups.topology.pipe))
+        with contextlib.redirect_stdout(io.StringIO()):  # PipelineModule prints its layers on every construction
+            super().__init__([_layer_spec(entry) for entry in entries], topology=groups.deepspeed_topology())
+        self.model_config, self.entries, self.recompute = model, entries, recompute
+
+    def _partition_layers(self, method: str) -> None:
+        self.parts = self._stage_bounds
+        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+
+    def forward(
+        self, x: Tensor, document_BS: Tensor, position_BS: Tensor, step: int | None, dropout_seed: int | None
+    ) -> Tensor:
+        """Run the stage.
+
+        Args:
+            x: token_BS on the first stage, x_BSD on the others.
+            document_BS, position_BS: packing of the sample, see ``data.loader.Batch``.
+            step: optimizer step, for the window schedule; None takes the final window.
+            dropout_seed: seed of this micro-batch's dropout masks.
+
+        Returns:
+            x_BSD, or logits_BSV from the last stage.
+        """
+        context = Context.build(self.model_config, document_BS, position_BS, step=step, dropout_seed=dropout_seed)
+        return run(self.forward_funcs, x, context, self.recompute)
+
+    def logical_names(self) -> dict[str, nn.Parameter]:
+        """This stage's parameters under their checkpoint names."""
+        names = {}
+        for name, parameter in self.named_parameters():
+            head, _, rest = name.partition(".")
+            if head == "tied_modules":
+                names[rest] = parameter
+            else:
+                names[f"{self.entries[int(head)].name}.{rest}"] = parameter
+        return names
+
+
+def stage_bounds(model: ModelConfig, num_stages: int) -> list[int]:
+    """Boundaries of the stages in the layer list: equal cost, and at least one decoder layer in each.
+
+    Every stage needs a decoder layer so that its optimizer has the same parameter groups as the others, which
+    DeepSpeed's gradient norm relies on. So the cut runs over the decoder layers; embedding and output go with the
+    outermost ones.
+    """
+    costs = layer_costs(model)
+    decoder_costs = costs[1:-2]
+    decoder_costs[0] += costs[0]
+    decoder_costs[-1] += sum(costs[-2:])
+    inner = partition(decoder_costs, num_stages)[1:-1]
+    return [0, *(1 + layer for layer in inner), len(costs)]
+
+
+def _layer_spec(entry: LayerEntry) -> LayerSpec:
+    if entry.tied:
+        forward = None if entry.name == "embedding" else tied_output
+        return TiedLayerSpec("embedding", entry.build, forward_fn=forward, tied_weight_attr="weight")
+    return LayerSpec(entry.build)

@@ -1,0 +1,52 @@
+"""Our ``DeepSpeedEngine`` for one pipeline stage: the whole model on every rank, with ZeRO 0-3."""
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+from megatron_ds.data.loader import Batch
+from megatron_ds.engine.gradients import GradientsMixin, Objective
+from megatron_ds.parallel.groups import Groups
+from megatron_ds.parallel.random import micro_batch_seed
+
+
+class PlainEngine(GradientsMixin, DeepSpeedEngine):
+    """Same interface as ``TableEngine``."""
+
+    def __init__(self, *args, groups: Groups, objective: Objective, seed: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.groups, self.objective, self.seed = groups, objective, seed
+        # ZeRO 2 and 3 reduce while the backward runs; below that we reduce once, after the tied copies are summed.
+        self._reduces_at_end = self.zero_optimization_stage() < 2
+        self.enable_backward_allreduce = not self._reduces_at_end
+        if self._reduces_at_end:
+            self.module.separate_tied_gradients()
+
+    def train_step(self, batches: list[Batch], *, num_counted: int, step: int) -> Tensor:
+        """One optimizer step; see ``TableEngine.train_step``."""
+        self.module.train()
+        scale = self.groups.topology.data / max(num_counted, 1)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(batches):
+            self.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            seed = micro_batch_seed(
+                self.seed, step, index * self.groups.topology.data + self.groups.index("data")
+            )
+            logits = self(batch.token_BS, batch.document_BS, batch.position_BS, step, seed)
+            loss = self.objective(logits, batch)
+            total += loss.detach()
+            self.backward(loss * scale, scale_wrt_gas=False)
+        if self._reduces_at_end:
+            self.module.merge_tied_gradients()
+            self.allreduce_gradients()
+        self.step()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> Tensor:
+        """float64 loss sum over these batches; changes nothing."""
+        self.module.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in batches:
+            total += self.objective(self(batch.token_BS, batch.document_BS, batch.position_BS), batch)
+        return total

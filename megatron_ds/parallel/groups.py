@@ -1,0 +1,147 @@
+"""Process groups: built once from the topology, then handed down to whoever communicates.
+
+Nothing here is global: a component receives a ``Groups``. Device and backend come from DeepSpeed's accelerator, so the
+same code runs on gloo and NCCL. Every group gets the run's timeout, also those that DeepSpeed creates later, which
+would otherwise wait gloo's 30 minutes for a lost peer.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.topology import ProcessTopology
+from torch import Tensor
+
+from megatron_ds.config.schema import ParallelConfig
+from megatron_ds.parallel.topology import Axis, Topology
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place in the world and its process group along each axis."""
+
+    topology: Topology
+    rank: int
+    device: torch.device
+    pipe: dist.ProcessGroup
+    data: dist.ProcessGroup
+    activations: dist.ProcessGroup
+    """The pipe ranks again, for messages that go downstream: one group per direction keeps the streams apart."""
+    gradients: dist.ProcessGroup
+    """The pipe ranks again, for messages that go upstream."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.topology.world_size
+
+    def index(self, axis: Axis) -> int:
+        """This rank's index along ``axis``."""
+        return self.topology.coordinate(self.rank, axis)
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.index("pipe") == self.topology.pipe - 1
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+    def sum_over_world(self, tensor: Tensor) -> Tensor:
+        """In-place sum over all ranks."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def sum_over(self, axis: Axis, tensor: Tensor) -> Tensor:
+        """In-place sum over this rank's peers along ``pipe`` or ``data``."""
+        if getattr(self.topology, axis) > 1:
+            dist.all_reduce(tensor, group={"pipe": self.pipe, "data": self.data}[axis])
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value on every rank, in rank order."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def deepspeed_topology(self) -> ProcessTopology:
+        """The same grid in DeepSpeed's terms."""
+        topology = self.topology
+        return ProcessTopology(["pipe", "data", "model"], [topology.pipe, topology.data, topology.tensor])
+
+
+@contextmanager
+def distributed(parallel: ParallelConfig) -> Iterator[Groups]:
+    """Join the job that the launcher's environment describes (or a world of one) and leave it at the end.
+
+    Works under ``deepspeed``, ``torchrun`` and plain ``python``.
+    """
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    dist.distributed_c10d.default_pg_timeout = timeout
+
+    # DeepSpeed would compile a shared-memory kernel for a minute at the first start; training never calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator = get_accelerator()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
+    try:
+        yield build_groups(parallel)
+    finally:
+        dist.destroy_process_group()
+
+
+def build_groups(parallel: ParallelConfig) -> Groups:
+    """Create the groups of every axis; collective over the world, which must be initialised."""
+    rank = dist.get_rank()
+    topology = Topology.of_world(
+        dist.get_world_size(),
+        pipe=parallel.pipeline_model_parallel_size,
+        tensor=parallel.tensor_model_parallel_size,
+    )
+    device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
+    return Groups(
+        topology=topology,
+        rank=rank,
+        device=device if device.type != "cpu" else torch.device("cpu"),
+        pipe=_group_along("pipe", topology, rank),
+        data=_group_along("data", topology, rank),
+        activations=_group_along("pipe", topology, rank),
+        gradients=_group_along("pipe", topology, rank),
+    )
+
+
+def _group_along(axis: Axis, topology: Topology, rank: int) -> dist.ProcessGroup:
+    """This rank's group along ``axis``; every rank takes part in creating all of them, in the same order."""
+    mine = None
+    for first in range(topology.world_size):
+        if topology.coordinate(first, axis) == 0:
+            peers = topology.peers(first, axis)
+            group = dist.new_group(peers)
+            mine = group if rank in peers else mine
+    return mine
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

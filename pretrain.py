@@ -1,0 +1,27 @@
+"""Pretrain a model: load the configuration, join the job, build the run, train.
+
+    deepspeed --num_gpus 2 pretrain.py --deepspeed_config ds_configs/v1_tiny.json --data-path data/corpus
+    torchrun --nproc-per-node 2 pretrain.py --deepspeed_config ds_configs/v1_tiny.json --data-path data/corpus
+    python pretrain.py --deepspeed_config ds_configs/v1_tiny.json --data-path data/corpus --pipeline-model-parallel-size 1
+
+``--help`` lists every setting. The same command again resumes from the newest whole checkpoint.
+"""
+
+from megatron_ds.config.load import load_config
+from megatron_ds.errors import run_main
+
+
+def main(argv: list[str]) -> None:
+    loaded = load_config(argv, prog="pretrain.py")
+
+    # torch and DeepSpeed take seconds to import; a mistake in the configuration should not have to wait for them.
+    from megatron_ds.parallel.groups import distributed
+    from megatron_ds.train.build import build_run
+    from megatron_ds.train.loop import train
+
+    with distributed(loaded.config.megatron_ds.parallel) as groups, build_run(loaded, groups) as run:
+        train(run)
+
+
+if __name__ == "__main__":
+    run_main(main)
