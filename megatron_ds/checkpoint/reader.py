@@ -1,0 +1,166 @@
+"""Reading: whole tensors, or just what one rank needs, from however many pieces they were stored in.
+
+The header of every shard says which piece each of its tensors is, so the index of a checkpoint is built from headers
+alone; values are memory-mapped and only the pages that a request overlaps are touched. How the run was split when it
+wrote does not matter here. Whether the files are intact does not either: ``store`` has settled that before.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_ds.checkpoint.manifest import Manifest
+from megatron_ds.checkpoint.pieces import Box, Piece, covered, place, whole
+from megatron_ds.errors import CheckpointError
+
+SHARD, RANK_STATE = "shard_{rank:05d}_{part:03d}.safetensors", "rank_{rank:05d}.safetensors"
+CONFIG, TRAINER = "config.json", "trainer.json"
+PIECES = "pieces"
+"""Key of a shard's header metadata: JSON, tensor key -> Piece."""
+PIECES_JSON = TypeAdapter(dict[str, Piece])
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A piece and where its values are."""
+
+    piece: Piece
+    file: str
+    key: str
+    dtype: str
+
+
+class Checkpoint:
+    """One step on disk. ``rejected`` names, with the reason, the checkpoints that were passed over to find it."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.rejected: list[str] = []
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done when it was written."""
+        return self.manifest.step
+
+    @cached_property
+    def config(self) -> dict:
+        """The resolved run configuration."""
+        return self._json(CONFIG)
+
+    @cached_property
+    def trainer(self) -> dict:
+        """The trainer's own state: step, consumed samples, run id ..."""
+        return self._json(TRAINER)
+
+    def shapes(self, kind: str = "weight") -> dict[str, tuple[int, ...]]:
+        """Full shape of every tensor of a kind, by logical name."""
+        return {name: stored[0].piece.shape for (name, its_kind), stored in self._index.items() if its_kind == kind}
+
+    def kinds(self, name: str) -> list[str]:
+        """What is stored for a logical name: "weight" and the optimizer's states."""
+        return [kind for its_name, kind in self._index if its_name == name]
+
+    def read(self, name: str, kind: str = "weight") -> Tensor:
+        """The whole tensor, on the CPU, in the shape and dtype it was stored in.
+
+        CheckpointError when it is not there, a part is missing, or two pieces disagree on an element.
+        """
+        shape = self._stored(name, kind)[0].piece.shape
+        return self.read_range(name, kind, whole(shape), 0, prod(shape)).view(shape)
+
+    def read_range(self, name: str, kind: str, box: Box, start: int, length: int) -> Tensor:
+        """Elements [start, start + length) of the flattened ``box`` of a tensor: 1-D, on the CPU, in the stored dtype.
+
+        Touches only pieces that overlap. CheckpointError as in ``read``; ValueError when the range is impossible.
+        """
+        stored = self._stored(name, kind)
+        want = Piece(name, kind, stored[0].piece.shape, box, start, length)
+        values = torch.empty(length, dtype=self._values(stored[0]).dtype)
+        filled = torch.zeros(length, dtype=torch.bool)
+        for source in stored:
+            have = source.piece
+            ends_before, begins_after = have.start + have.length <= start, start + length <= have.start
+            if have.box == box and (ends_before or begins_after):
+                continue
+            if not place(values, filled, want, self._values(source), have):
+                raise CheckpointError(f"{self.path / source.file}: {kind} of {name} contradicts another piece of it")
+        missing = length - int(filled.sum())
+        if missing:
+            raise CheckpointError(f"{self.path}: {missing} of {length} wanted elements of {kind} of {name} are missing")
+        return values
+
+    def rank_state(self, rank: int) -> dict[str, Tensor] | None:
+        """Random states of a rank by their names; None when the run that wrote had no such rank."""
+        name = RANK_STATE.format(rank=rank)
+        if name not in self.manifest.files:
+            return None
+        with self._open(name) as file:
+            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (not a dict)
+
+    def check_pieces(self) -> None:
+        """Raise CheckpointError unless every header is readable and every tensor has all its elements."""
+        for (name, kind), stored in self._index.items():
+            shape, held = stored[0].piece.shape, covered([one.piece for one in stored])
+            if len({(one.piece.shape, one.dtype) for one in stored}) > 1:
+                raise CheckpointError(f"{self.path}: the pieces of {kind} of {name} differ in full shape or dtype")
+            if held < prod(shape):
+                raise CheckpointError(
+                    f"{self.path}: {prod(shape) - held} of {prod(shape)} elements of {kind} of {name} are missing"
+                )
+
+    @cached_property
+    def _index(self) -> dict[tuple[str, str], list[_Stored]]:
+        index = defaultdict(list)
+        for file in sorted(self.manifest.files):
+            if not file.startswith("shard_"):
+                continue
+            with self._open(file) as shard:
+                try:
+                    pieces = PIECES_JSON.validate_json(shard.metadata()[PIECES])
+                    slices = {key: shard.get_slice(key) for key in pieces}
+                    fits = all(slices[key].get_shape() == [piece.length] for key, piece in pieces.items())
+                except (SafetensorError, ValueError, TypeError, KeyError) as error:
+                    raise CheckpointError(f"{self.path / file}: unreadable piece descriptions ({error})") from error
+                if not fits:
+                    raise CheckpointError(f"{self.path / file}: a piece description has another length than its tensor")
+                for key, piece in pieces.items():
+                    index[piece.name, piece.kind].append(_Stored(piece, file, key, slices[key].get_dtype()))
+        return dict(index)
+
+    @cached_property
+    def _shards(self) -> dict[str, safe_open]:
+        return {}
+
+    def _stored(self, name: str, kind: str) -> list[_Stored]:
+        if (name, kind) not in self._index:
+            known = self.kinds(name)
+            hint = f"it has {', '.join(known)}" if known else "no tensor has that name"
+            raise CheckpointError(f"{self.path}: no {kind} of {name}; {hint}")
+        return self._index[name, kind]
+
+    def _values(self, stored: _Stored) -> Tensor:
+        """The piece's values, 1-D, memory-mapped: pages are read when they are touched."""
+        if stored.file not in self._shards:
+            self._shards[stored.file] = self._open(stored.file)
+        return self._shards[stored.file].get_tensor(stored.key)
+
+    def _open(self, name: str) -> safe_open:
+        try:
+            return safe_open(self.path / name, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path / name}: unreadable ({error})") from error
+
+    def _json(self, name: str) -> dict:
+        try:
+            return json.loads((self.path / name).read_bytes())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path / name}: unreadable ({error})") from error

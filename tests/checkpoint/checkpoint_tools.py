@@ -1,0 +1,122 @@
+"""Ranks that are threads, tensors with every bit pattern, arbitrary splits of them, and children that may die."""
+
+import itertools
+import os
+import threading
+import traceback
+
+import torch
+from hypothesis import strategies as st
+
+from megatron_ds.checkpoint.pieces import Fragment
+
+DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn)
+
+
+class ThreadPeers:
+    """Peers over a barrier: the ranks of one world are threads of this process."""
+
+    def __init__(self, rank, world_size, barrier, slots):
+        self.rank, self.world_size, self._barrier, self._slots = rank, world_size, barrier, slots
+
+    def gather_objects(self, value):
+        self._slots[self.rank] = value
+        self._barrier.wait()
+        gathered = list(self._slots)
+        self._barrier.wait()
+        return gathered
+
+
+def on_ranks(world_size, work):
+    """``work(peers)`` on every rank at once; what each returned, or raised, in rank order."""
+    barrier, slots, results = threading.Barrier(world_size, timeout=30), [None] * world_size, [None] * world_size
+
+    def run(rank):
+        try:
+            results[rank] = work(ThreadPeers(rank, world_size, barrier, slots))
+        except Exception as error:
+            results[rank] = error
+            if isinstance(error, threading.BrokenBarrierError) or not hasattr(error, "exit_code"):
+                barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def in_child(work):
+    """Run ``work`` in a forked child; 0 when it returned, 1 with a traceback when it raised, 9 when it was crashed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def any_bits(shape, dtype, seed=0):
+    """A tensor with random bits, so that NaNs and negative zeros are among them."""
+    if dtype is torch.bool:
+        return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)).bool()
+    size = torch.empty((), dtype=dtype).element_size()
+    raw = torch.randint(0, 256, (*shape, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return raw.view(dtype).view(shape)
+
+
+def same_bits(a, b):
+    """Equal dtype, shape and bits."""
+    raw = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*raw)
+
+
+def cut(tensor, box):
+    """The flattened part of a tensor that a box covers: the slow plain oracle."""
+    return tensor[tuple(slice(lo, hi) for lo, hi in box)].contiguous().view(-1)
+
+
+def fragments_of(tensor, name="w", kind="weight", parts=1):
+    """A whole tensor as flat fragments of nearly equal length."""
+    box, flat = tuple((0, size) for size in tensor.shape), tensor.contiguous().view(-1)
+    length = -(-flat.numel() // parts)
+    starts = [min(part * length, flat.numel()) for part in range(parts)]
+    return [Fragment(name, kind, tuple(tensor.shape), box, s, flat[s : min(s + length, flat.numel())]) for s in starts]
+
+
+SHAPES = st.lists(st.integers(0, 7), max_size=3).map(tuple)
+
+
+@st.composite
+def grids(draw, shape):
+    """Boxes that tile a shape: every dimension cut at random places, perhaps into nothing."""
+    edges = []
+    for size in shape:
+        cuts = sorted(draw(st.lists(st.integers(0, size), max_size=2)))
+        edges.append(list(itertools.pairwise([0, *cuts, size])))
+    return [tuple(box) for box in itertools.product(*edges)]
+
+
+@st.composite
+def splits(draw, tensor, name="w", kind="weight"):
+    """Fragments that tile a tensor: a grid of boxes, each in up to four ranges, some of them empty."""
+    fragments = []
+    for box in draw(grids(tuple(tensor.shape))):
+        values = cut(tensor, box)
+        cuts = sorted(draw(st.lists(st.integers(0, values.numel()), max_size=3)))
+        for lo, hi in itertools.pairwise([0, *cuts, values.numel()]):
+            fragments.append(Fragment(name, kind, tuple(tensor.shape), box, lo, values[lo:hi]))
+    return draw(st.permutations(fragments))
+
+
+@st.composite
+def requests(draw, shape):
+    """A box of a shape and a range inside it: (box, start, length)."""
+    box = tuple(tuple(sorted(draw(st.tuples(st.integers(0, size), st.integers(0, size))))) for size in shape)
+    count = torch.Size(hi - lo for lo, hi in box).numel()
+    lo, hi = sorted(draw(st.tuples(st.integers(0, count), st.integers(0, count))))
+    return box, lo, hi - lo
