@@ -1,0 +1,136 @@
+"""Self-attention: projections, optional normalisation of queries and keys, rotary embedding, and a core.
+
+The kinds of attention differ only in their core: which keys a query sees and how they are weighed. Masks and the tiled
+kernel are in ``attention_mask.py`` and ``tiled_attention.py``; docs/attention.md has the formulas.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_ds.config.schema import Attention, FullAttention, HybridAttention, ModelConfig, SoftGateAttention
+from megatron_ds.model.attention_mask import Packing
+from megatron_ds.model.context import Context
+from megatron_ds.model.norm import RMSNorm
+from megatron_ds.model.rotary import rotate
+from megatron_ds.model.tiled_attention import Dropout, tiled_attention
+from megatron_ds.parallel.random import derive_seed
+
+
+class SelfAttention(nn.Module):
+    """x_BSD -> x_BSD; subclasses say what the core is."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.config, self.index = config, index
+        query_size, key_size = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_kv_heads))
+        self.query = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.key = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.value = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.output = nn.Linear(query_size, config.hidden_size, bias=False)
+        if config.qk_layernorm:
+            self.query_norm = RMSNorm(config.head_dim, config.norm_epsilon)
+            self.key_norm = RMSNorm(config.head_dim, config.norm_epsilon)
+
+    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
+        heads = (-1, self.config.head_dim)
+        q_BSHK, k_BSGK = self.query(x_BSD).unflatten(-1, heads), self.key(x_BSD).unflatten(-1, heads)
+        v_BGSK = self.value(x_BSD).unflatten(-1, heads).transpose(1, 2)
+        if self.config.qk_layernorm:
+            q_BSHK, k_BSGK = self.query_norm(q_BSHK), self.key_norm(k_BSGK)
+        q_BHSK, k_BGSK = (rotate(x, context.cos_BSK, context.sin_BSK) for x in (q_BSHK, k_BSGK))
+        core = (q_BHSK, k_BGSK, v_BGSK, x_BSD, context)
+        if context.recompute_attention and torch.is_grad_enabled():
+            out_BHSK = checkpoint(self.core, *core, use_reentrant=False)
+        else:
+            out_BHSK = self.core(*core)
+        return self.output(out_BHSK.transpose(1, 2).flatten(2))
+
+    def core(self, q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, x_BSD: Tensor, context: Context) -> Tensor:
+        """out_BHSK from rotated queries and keys, values, and the layer's normalised input."""
+        raise NotImplementedError
+
+    def dropout(self, context: Context, use: str = "attention") -> Dropout | None:
+        """Dropout on the probabilities, when training; ``use`` tells several in one layer apart."""
+        if not self.training or self.config.attention_dropout == 0:
+            return None
+        assert context.dropout_seed is not None, "training with dropout needs a dropout_seed"
+        return Dropout(self.config.attention_dropout, derive_seed(context.dropout_seed, self.index, use))
+
+
+class GlobalAttention(SelfAttention):
+    """Every query sees its whole document."""
+
+    def core(self, q_BHSK, k_BGSK, v_BGSK, x_BSD, context):
+        return full_attention(q_BHSK, k_BGSK, v_BGSK, context.packing, self.dropout(context))
+
+
+class PatternAttention(SelfAttention):
+    """Local or global, by the layer's letter in the pattern."""
+
+    def core(self, q_BHSK, k_BGSK, v_BGSK, x_BSD, context):
+        pattern, dropout = self.config.attention.pattern, self.dropout(context)
+        if pattern[self.index % len(pattern)] == "G":
+            return full_attention(q_BHSK, k_BGSK, v_BGSK, context.packing, dropout)
+        window = context.window or self.config.attention.window
+        return tiled_attention(q_BHSK, k_BGSK, v_BGSK, context.packing, window=window, dropout=dropout)[0]
+
+
+class GatedAttention(SelfAttention):
+    """softmax(score + [d > window] log g) v, where g = sigmoid(far_gate(x)) is learned per token and head."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__(config, index)
+        self.far_gate = nn.Linear(config.hidden_size, config.num_attention_heads)
+
+    def core(self, q_BHSK, k_BGSK, v_BGSK, x_BSD, context):
+        gate_BHS = self.far_gate(x_BSD).float().transpose(1, 2)
+        implementation = self._by_bias if self.config.attention.implementation == "bias" else self._by_lse
+        return implementation(q_BHSK, k_BGSK, v_BGSK, gate_BHS, context)
+
+    def _by_bias(self, q_BHSK, k_BGSK, v_BGSK, gate_BHS, context):
+        """One pass over all keys with log g added to the far scores."""
+        return tiled_attention(
+            q_BHSK, k_BGSK, v_BGSK, context.packing, log_gate_BHS=F.logsigmoid(gate_BHS),
+            gate_window=self.config.attention.window, dropout=self.dropout(context),
+        )[0]  # fmt: skip
+
+    def _by_lse(self, q_BHSK, k_BGSK, v_BGSK, gate_BHS, context):
+        """Mix a local and a full attention by their log-sum-exps: both are plain kernels, and the sum is exact.
+
+        With e^lse the unnormalised mass, g * full + (1 - g) * local counts near keys once and far keys g times.
+        """
+        qkv, window = (q_BHSK, k_BGSK, v_BGSK, context.packing), self.config.attention.window
+        far_BHSK, far_lse_BHS = tiled_attention(*qkv, dropout=self.dropout(context, "far"), with_lse=True)
+        near_BHSK, near_lse_BHS = tiled_attention(
+            *qkv, window=window, dropout=self.dropout(context, "near"), with_lse=True
+        )
+        far_share_BHS = torch.sigmoid(gate_BHS + far_lse_BHS - near_lse_BHS)
+        return torch.lerp(near_BHSK, far_BHSK, far_share_BHS.unsqueeze(-1).to(q_BHSK.dtype))
+
+
+def full_attention(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, packing: Packing, dropout: Dropout | None) -> Tensor:
+    """Causal attention within documents: the library's fused kernels on an accelerator, the tiled one on a CPU."""
+    if q_BHSK.is_cpu:
+        return tiled_attention(q_BHSK, k_BGSK, v_BGSK, packing, dropout=dropout)[0]
+    return fused_attention(q_BHSK, k_BGSK, v_BGSK, packing, dropout)
+
+
+def fused_attention(
+    q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, packing: Packing, dropout: Dropout | None
+) -> Tensor:
+    """Causal attention within documents by PyTorch's kernel; its dropout draws from the device's default generator."""
+    return F.scaled_dot_product_attention(
+        q_BHSK, k_BGSK, v_BGSK,
+        attn_mask=None if packing.is_single else packing.visible_B1SS, is_causal=packing.is_single,
+        dropout_p=dropout.probability if dropout else 0.0, enable_gqa=q_BHSK.shape[1] != k_BGSK.shape[1],
+    )  # fmt: skip
+
+
+ATTENTION: dict[type[Attention], type[SelfAttention]] = {
+    FullAttention: GlobalAttention,
+    HybridAttention: PatternAttention,
+    SoftGateAttention: GatedAttention,
+}
+"""Kind of attention -> its module."""

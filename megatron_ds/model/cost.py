@@ -1,0 +1,134 @@
+"""What a model costs: parameters, FLOPs per token under two conventions, and what share of a device's peak that is.
+
+Closed formulas (docs/model.md), no model is built. *causal* counts each visible query-key pair once, forward and twice
+backward: the FLOPs that the model needs, and the ones of MFU. *executed* counts the products that this implementation
+runs on a CPU, masked pairs of a tile and the recomputed scores included: what ``torch.utils.flop_counter`` measures.
+Neither counts activation recompute.
+"""
+
+import time
+from typing import Literal
+
+import torch
+
+from megatron_ds.config.schema import FullAttention, HybridAttention, ModelConfig, SoftGateAttention
+from megatron_ds.model.attention_mask import first_keys, key_ranges
+
+Convention = Literal["causal", "executed"]
+
+DEVICE_PEAKS = {
+    "A100": 312e12,
+    "A800": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.5e12,
+    "H800": 989.5e12,
+    "H200": 989.5e12,
+    "GH200": 989.5e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "MI300X": 1307e12,
+}
+"""Part of the device's name -> dense bf16 FLOP/s by the vendor's data sheet; the longest part that matches holds."""
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part of the model; ``output`` is 0 when tied to the embedding."""
+    width, head_dim = config.hidden_size, config.head_dim
+    vocabulary = config.padded_vocab_size * width
+    gate_bias = config.num_attention_heads if isinstance(config.attention, SoftGateAttention) else 0
+    qk_norm = 2 * head_dim if config.qk_layernorm else 0
+    return {
+        "embedding": vocabulary,
+        "attention": config.num_layers * (_attention_weights(config) + gate_bias + qk_norm),
+        "mlp": config.num_layers * _mlp_weights(config),
+        "norm": (2 * config.num_layers + 1) * width,
+        "output": vocabulary if config.untie_embeddings_and_output_weights else 0,
+    }
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of the whole model, padding of the vocabulary included."""
+    return sum(parameter_counts(config).values())
+
+
+def flops_per_token(config: ModelConfig, *, seq_length: int | None = None, convention: Convention = "causal") -> float:
+    """Training FLOPs (forward and backward) per token of single-document samples.
+
+    Args:
+        config: the model; the padded vocabulary is counted, since it is multiplied.
+        seq_length: tokens in a sample, by default the configured one.
+        convention: see the module's docstring.
+    """
+    return sum(layer_costs(config, seq_length=seq_length, convention=convention))
+
+
+def layer_costs(
+    config: ModelConfig, *, seq_length: int | None = None, convention: Convention = "causal"
+) -> list[float]:
+    """``flops_per_token`` of each entry of ``decoder.layer_list``."""
+    seq_length = seq_length or config.seq_length
+    weights = _attention_weights(config) + _mlp_weights(config)
+    layers = [
+        6 * weights
+        + sum(_core_flops(config, seq_length, window, convention) for window in _core_windows(config, index))
+        for index in range(config.num_layers)
+    ]
+    return [0.0, *layers, 0.0, 6.0 * config.padded_vocab_size * config.hidden_size]
+
+
+def mfu(tokens_per_second_per_device: float, config: ModelConfig, peak: float) -> float:
+    """Model FLOPs utilisation: the share of ``peak`` FLOP/s that the *causal* FLOPs of this throughput are."""
+    return tokens_per_second_per_device * flops_per_token(config) / peak
+
+
+def device_peak(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a device by its name (``torch.cuda.get_device_name()``), None if it is not in the table."""
+    matches = [part for part in DEVICE_PEAKS if part.lower() in device_name.lower()]
+    return DEVICE_PEAKS[max(matches, key=len)] if matches else None
+
+
+def measure_gemm_roof(dtype: torch.dtype, device: torch.device, seconds: float = 0.5) -> float:
+    """FLOP/s of the fastest matrix product here: the best single run over some sizes within ``seconds``."""
+    best, deadline = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        for size in (512, 1024):
+            a, b = torch.rand(2, size, size, device=device).to(dtype)
+            out = a @ b
+            started = time.perf_counter()
+            torch.mm(a, b, out=out)
+            best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def _attention_weights(config: ModelConfig) -> int:
+    """Weights of one attention block that are matrices."""
+    gate = config.num_attention_heads if isinstance(config.attention, SoftGateAttention) else 0
+    head_rows = 2 * (config.num_attention_heads + config.num_kv_heads) * config.head_dim
+    return config.hidden_size * (head_rows + gate)
+
+
+def _mlp_weights(config: ModelConfig) -> int:
+    return 3 * config.hidden_size * config.ffn_size
+
+
+def _core_windows(config: ModelConfig, index: int) -> list[int | None]:
+    """Window of each core attention that one layer runs, None for the whole document."""
+    attention = config.attention
+    if isinstance(attention, HybridAttention):
+        return [attention.window if attention.pattern[index % len(attention.pattern)] == "L" else None]
+    if isinstance(attention, SoftGateAttention) and attention.implementation == "lse":
+        return [None, attention.window]
+    return [None]
+
+
+def _core_flops(config: ModelConfig, seq_length: int, window: int | None, convention: Convention) -> float:
+    """Training FLOPs per token of one core attention: products of 2 K FLOPs per query-key pair and head."""
+    first_S = first_keys([0] * seq_length, window)
+    if convention == "causal":  # two products forward, four backward
+        pairs, products = sum(query + 1 - first for query, first in enumerate(first_S)), 6
+    else:  # the backward pass makes the scores again
+        pairs, products = sum((end - begin) * (end - first) for begin, end, first in key_ranges(first_S)), 7
+    return products * 2 * config.head_dim * config.num_attention_heads * pairs / seq_length

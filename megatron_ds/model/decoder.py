@@ -1,0 +1,165 @@
+"""The decoder as a flat list of layers: embedding, decoder layers, final norm, output.
+
+Every layer is called as ``layer(x, context)``, so a pipeline stage is a slice of the list and the whole model is the
+list itself. ``layer_list`` describes the layers without building them; ``Decoder`` builds all of them in one process,
+the pipeline engine builds its own slice from the same entries. Pre-norm, RMSNorm, SwiGLU, rotary positions: the
+architecture that Hugging Face calls Llama or Qwen3.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_ds.config.schema import ModelConfig
+from megatron_ds.model.attention import ATTENTION
+from megatron_ds.model.context import Context
+from megatron_ds.model.mlp import MLP
+from megatron_ds.model.norm import FinalNorm, RMSNorm
+from megatron_ds.parallel.random import derive_seed, seed_default_generator
+
+
+class Embedding(nn.Embedding):
+    """token_BS -> x_BSD."""
+
+    output_weight: Tensor | None = None
+    """What a tied output multiplies with instead of ``weight``: its alias, where gradients of the two uses are kept
+    apart until the step (``engine/plain_engine.py``)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.padded_vocab_size, config.hidden_size)
+        self.dropout = config.hidden_dropout
+
+    def forward(self, token_BS: Tensor, context: Context) -> Tensor:
+        x_BSD = super().forward(token_BS)
+        if not self.training or self.dropout == 0:
+            return x_BSD
+        _seed_dropout(x_BSD.device, context, "embedding")
+        return F.dropout(x_BSD, self.dropout)
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): x_BSD -> x_BSD."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.dropout = config.hidden_dropout
+        self.drops = config.hidden_dropout > 0 or config.attention_dropout > 0
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.attention = ATTENTION[type(config.attention)](config, index)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
+        if self.training and self.drops:
+            _seed_dropout(x_BSD.device, context, self.index)
+        attended_BSD = self.attention(self.attention_norm(x_BSD), context)
+        x_BSD = F.dropout(attended_BSD, self.dropout, self.training) + x_BSD
+        return F.dropout(self.mlp(self.mlp_norm(x_BSD)), self.dropout, self.training) + x_BSD
+
+
+class Output(nn.Linear):
+    """x_BSD -> logits_BSV over the padded vocabulary, with a weight of its own."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.hidden_size, config.padded_vocab_size, bias=False)
+
+    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
+        return super().forward(x_BSD)
+
+
+def tied_output(embedding: Embedding, x_BSD: Tensor, context: Context) -> Tensor:
+    """x_BSD -> logits_BSV over the padded vocabulary, with the embedding's weight."""
+    return F.linear(x_BSD, embedding.weight if embedding.output_weight is None else embedding.output_weight)
+
+
+def _seed_dropout(device: torch.device, context: Context, layer: int | str) -> None:
+    """Seed the generator where a layer starts, so that its masks depend on the layer alone."""
+    assert context.dropout_seed is not None, "training with dropout needs a dropout_seed"
+    seed_default_generator(device, derive_seed(context.dropout_seed, layer))
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One layer of the model, not yet built."""
+
+    name: str
+    """Prefix of its parameters' logical names; "output" for the last, tied or not."""
+    kind: type[nn.Module]
+    arguments: tuple
+    """What ``kind`` is built from. A tied output names the embedding: the one that the first layer builds."""
+    tied: bool = False
+    """Whether the module serves both ends: the first layer as it is, the last through ``tied_output``."""
+
+    def build(self) -> nn.Module:
+        """A new module, filled by ``init.initialize``."""
+        return self.kind(*self.arguments)
+
+
+def layer_list(config: ModelConfig) -> list[LayerEntry]:
+    """The layers in order: embedding, decoder layers, norm, output."""
+    tied = not config.untie_embeddings_and_output_weights
+    embedding = LayerEntry("embedding", Embedding, (config,), tied)
+    layers = [LayerEntry(f"layers.{i}", DecoderLayer, (config, i)) for i in range(config.num_layers)]
+    norm = LayerEntry("norm", FinalNorm, (config.hidden_size, config.norm_epsilon))
+    output = replace(embedding, name="output") if tied else LayerEntry("output", Output, (config,))
+    return [embedding, *layers, norm, output]
+
+
+def run(layers: Sequence[Callable], x: Tensor, context: Context, recompute: str | None = None) -> Tensor:
+    """Call the layers in order.
+
+    Args:
+        layers: the whole model or a pipeline stage, each called as layer(x, context).
+        x: token_BS for a list that starts with the embedding, else x_BSD.
+        context: what the layers share.
+        recompute: "full" keeps only the inputs of decoder layers, "selective" only those of their core attention;
+            the rest is computed again in the backward pass, dropout masks included.
+    """
+    if recompute == "selective":
+        context = replace(context, recompute_attention=True)
+    for layer in layers:
+        if recompute == "full" and isinstance(layer, DecoderLayer) and torch.is_grad_enabled():
+            x = checkpoint(layer, x, context, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = layer(x, context)
+    return x
+
+
+class Decoder(nn.Module):
+    """The whole model in one process."""
+
+    def __init__(self, config: ModelConfig, recompute: str | None = None):
+        """``recompute``: see ``run``. Weights are arbitrary until ``init.initialize`` or a checkpoint fills them."""
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        *entries, output = layer_list(config)
+        self.embedding, *layers, self.norm = (entry.build() for entry in entries)
+        self.layers = nn.ModuleList(layers)
+        self.output = None if output.tied else output.build()
+
+    def forward(
+        self,
+        token_BS: Tensor,
+        document_BS: Tensor | None = None,
+        position_BS: Tensor | None = None,
+        *,
+        step: int | None = None,
+        dropout_seed: int | None = None,
+    ) -> Tensor:
+        """logits_BSV over the padded vocabulary; by default every row is one document.
+
+        For the other arguments see ``Context.build``.
+        """
+        if document_BS is None:
+            document_BS = torch.zeros_like(token_BS)
+        if position_BS is None:
+            position_BS = torch.arange(token_BS.shape[1], device=token_BS.device).expand_as(token_BS)
+        context = Context.build(self.config, document_BS, position_BS, step=step, dropout_seed=dropout_seed)
+        output = partial(tied_output, self.embedding) if self.output is None else self.output
+        return run([self.embedding, *self.layers, self.norm, output], token_BS, context, self.recompute)

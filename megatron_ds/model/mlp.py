@@ -1,0 +1,39 @@
+"""The feed-forward block: SwiGLU, down(silu(gate(x)) * up(x)).
+
+The activation is one autograd node that keeps the two projections and recomputes silu in the backward pass, so no
+tensor of width F is stored that can be made from another.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megatron_ds.config.schema import ModelConfig
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward block: x_BSD -> x_BSD."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
+        self.down = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.down(_SwiGLU.apply(self.gate(x_BSD), self.up(x_BSD)))
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_BSF: Tensor, up_BSF: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_BSF, up_BSF)
+        return F.silu(gate_BSF).mul_(up_BSF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BSF: Tensor) -> tuple[Tensor, Tensor]:
+        gate_BSF, up_BSF = ctx.saved_tensors
+        grad_up_BSF = F.silu(gate_BSF).mul_(grad_BSF)
+        return torch.ops.aten.silu_backward(grad_BSF * up_BSF, gate_BSF), grad_up_BSF

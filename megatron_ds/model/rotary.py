@@ -1,0 +1,113 @@
+"""Rotary position embedding: frequencies with their context extensions, fp32 tables, and the rotation itself.
+
+Half-split convention (Hugging Face's rotate_half): channel c and channel c + K/2 of a head form a pair that turns by
+position * frequency[c]. A context extension only changes the frequencies (and, for YaRN, the length of the vectors),
+so the kinds differ in one function each.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_ds.config.schema import DefaultRope, LinearRope, Llama3Rope, ModelConfig, RopeScaling, YarnRope
+
+
+def rotary_tables(config: ModelConfig, position_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position, fp32 [B, S, K/2]; YaRN's attention factor is included."""
+    frequency, factor = frequencies(config)
+    angle_BSK = position_BS[..., None].float() * frequency.to(position_BS.device)
+    return angle_BSK.cos() * factor, angle_BSK.sin() * factor
+
+
+def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Angle per position of each of the K/2 channel pairs, and the multiplier of cos and sin.
+
+    Every operation is rounded as in Hugging Face's modeling_rope_utils.py: one unit in the last place of a frequency
+    is 1e-4 of angle at position 2000.
+    """
+    frequency = 1.0 / config.rotary_base ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    return SCALING[type(config.rope_scaling)](frequency, config.rope_scaling, config)
+
+
+def rotate(x_BSHK: Tensor, cos_BSK: Tensor, sin_BSK: Tensor) -> Tensor:
+    """Turn every head by its position's angles.
+
+    Args:
+        x_BSHK: queries or keys, any strides.
+        cos_BSK, sin_BSK: tables of K/2 angles, see ``rotary_tables``; cast to the dtype of x.
+
+    Returns:
+        x_BHSK, contiguous: the layout in which attention reads it.
+    """
+    return _Rotate.apply(x_BSHK, cos_BSK.to(x_BSHK.dtype), sin_BSK.to(x_BSHK.dtype))
+
+
+class _Rotate(torch.autograd.Function):
+    """The backward pass of a rotation is the rotation by the opposite angle, so no input is kept."""
+
+    @staticmethod
+    def forward(ctx, x_BSHK: Tensor, cos_BSK: Tensor, sin_BSK: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_BSK, sin_BSK)
+        x_BHSK = x_BSHK.transpose(1, 2)
+        y_BHSK = torch.empty_like(x_BHSK, memory_format=torch.contiguous_format)
+        return _turn(x_BHSK, cos_BSK.unsqueeze(1), sin_BSK.unsqueeze(1), y_BHSK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BHSK: Tensor) -> tuple[Tensor, None, None]:
+        cos_BSK, sin_BSK = ctx.saved_tensors
+        grad_BSHK = grad_BHSK.transpose(1, 2)
+        grad_x_BSHK = torch.empty_like(grad_BSHK, memory_format=torch.contiguous_format)
+        return _turn(grad_BSHK, cos_BSK.unsqueeze(2), sin_BSK.neg().unsqueeze(2), grad_x_BSHK), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    (first, second), (out_first, out_second) = x.chunk(2, -1), out.chunk(2, -1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    return out
+
+
+def _default(frequency: Tensor, scaling: DefaultRope, config: ModelConfig) -> tuple[Tensor, float]:
+    return frequency, 1.0
+
+
+def _linear(frequency: Tensor, scaling: LinearRope, config: ModelConfig) -> tuple[Tensor, float]:
+    return frequency / scaling.factor, 1.0
+
+
+def _llama3(frequency: Tensor, scaling: Llama3Rope, config: ModelConfig) -> tuple[Tensor, float]:
+    """Keep frequencies that turn often within the original context, interpolate slow ones, blend between the two."""
+    turns = scaling.original_max_position_embeddings / (2 * math.pi / frequency)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blended = (1 - kept) * frequency / scaling.factor + kept * frequency
+    return blended.where(kept > 0, frequency / scaling.factor).where(kept < 1, frequency), 1.0
+
+
+def _yarn(frequency: Tensor, scaling: YarnRope, config: ModelConfig) -> tuple[Tensor, float]:
+    """Blend from kept to interpolated over the channels between beta_fast and beta_slow turns (arXiv 2309.00071)."""
+
+    def channel(turns: float) -> float:
+        """The channel pair that turns this often within the original context."""
+        base_turns = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
+        return config.head_dim * math.log(base_turns) / (2 * math.log(config.rotary_base))
+
+    low = max(math.floor(channel(scaling.beta_fast)), 0)
+    high = min(math.ceil(channel(scaling.beta_slow)), config.head_dim - 1)
+    ramp = (torch.arange(len(frequency), dtype=torch.float32) - low) / max(high - low, 1e-3)
+    kept = 1 - ramp.clamp(0, 1)
+    interpolated = 1.0 / (scaling.factor * (1.0 / frequency))
+    factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+    return interpolated * (1 - kept) + frequency * kept, factor
+
+
+SCALING: dict[type[RopeScaling], Callable[[Tensor, RopeScaling, ModelConfig], tuple[Tensor, float]]] = {
+    DefaultRope: _default,
+    LinearRope: _linear,
+    Llama3Rope: _llama3,
+    YarnRope: _yarn,
+}
+"""Kind of context extension -> (frequencies, multiplier of cos and sin)."""

@@ -1,0 +1,174 @@
+"""Attention over the tiles of ``attention_mask``: it computes the visible keys and little else.
+
+For every tile of queries: scores by one matrix product, the two end masks, softmax, a second product. The backward
+pass makes the probabilities again, so only q, k and v are kept and no S x S tensor exists. A window W costs O(S * W),
+packed documents the sum of their squares, and a document never touches another's numbers. On a CPU this beats the
+library's flash kernel, which does not skip what a mask hides. Scores and softmax are fp32 whatever the inputs.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_ds.model.attention_mask import Packing, Tile
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout on attention probabilities, its mask made again in the backward pass."""
+
+    probability: float
+    seed: int
+
+
+def tiled_attention(
+    q_BHSK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    packing: Packing,
+    *,
+    window: int | None = None,
+    log_gate_BHS: Tensor | None = None,
+    gate_window: int | None = None,
+    dropout: Dropout | None = None,
+    with_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(q k^T / sqrt(K) + bias) v over the visible keys.
+
+    Args:
+        q_BHSK, k_BGSK, v_BGSK: queries, keys and values; each of the G key heads serves H / G query heads in turn.
+        packing: the documents of the samples.
+        window: largest visible distance, None for all of the document.
+        log_gate_BHS: fp32, added to the scores of keys at a distance above ``gate_window``.
+        dropout: dropout on the probabilities, or None.
+        with_lse: also return the log-sum-exp of the scores; it carries a gradient.
+
+    Returns:
+        out_BHSK in the dtype of q (a transposed view of out_BSHK, which the output projection reads without a copy)
+        and, if asked for, lse_BHS in fp32.
+    """
+    tiles = packing.tiles(window, gate_window)
+    return _TiledAttention.apply(q_BHSK, k_BGSK, v_BGSK, log_gate_BHS, tiles, dropout, with_lse)
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS, tiles, dropout, with_lse):
+        ctx.save_for_backward(q_BHSK, k_BGSK, v_BGSK, log_gate_BHS)
+        ctx.tiles, ctx.dropout = tiles, dropout
+        batch, heads, length, width = q_BHSK.shape
+        out_BHSK = q_BHSK.new_empty(batch, length, heads, width).transpose(1, 2)
+        lse_BHS = q_BHSK.new_empty(batch, heads, length, dtype=torch.float32) if with_lse else None
+        keep_masks = _keep_masks(dropout, q_BHSK.device)
+        for rows, row_tiles in tiles:
+            part = _Part(rows, row_tiles, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS)
+            for tile in row_tiles:
+                score_NML = part.scores(tile, part.queries(tile))
+                highest_NM = score_NML.amax(-1) if with_lse else None
+                p_NML = torch._softmax(score_NML, -1, False, out=score_NML)
+                if with_lse:  # a query's largest probability is exp(highest - lse)
+                    part.put(lse_BHS, tile, highest_NM - p_NML.amax(-1).log_())
+                if dropout:
+                    p_NML.mul_(keep_masks(p_NML))
+                part.put(out_BHSK, tile, torch.bmm(p_NML, part.v_NSK[:, tile.keys]))
+        return out_BHSK, lse_BHS
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out_BHSK, grad_lse_BHS):
+        q_BHSK, k_BGSK, v_BGSK, log_gate_BHS = ctx.saved_tensors
+        grad_q_BHSK = torch.empty_like(q_BHSK)
+        grad_k_BGSK, grad_v_BGSK = torch.zeros((2, *k_BGSK.shape), dtype=torch.float32, device=k_BGSK.device)
+        grad_gate_BHS = None if log_gate_BHS is None else torch.zeros_like(log_gate_BHS)
+        keep_masks = _keep_masks(ctx.dropout, q_BHSK.device)
+        for rows, row_tiles in ctx.tiles:
+            part = _Part(rows, row_tiles, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS)
+            grad_k_NSK, grad_v_NSK = grad_k_BGSK[rows].flatten(0, 1), grad_v_BGSK[rows].flatten(0, 1)
+            for tile in row_tiles:
+                q_NMK, grad_NMK = part.queries(tile), part.take(grad_out_BHSK, tile).float()
+                score_NML = part.scores(tile, q_NMK)
+                p_NML = torch._softmax(score_NML, -1, False, out=score_NML)
+                grad_p_NML = part.scratch(tile, 1)
+                torch.bmm(grad_NMK, part.v_NSK[:, tile.keys].transpose(1, 2), out=grad_p_NML)
+                kept_NML = p_NML
+                if ctx.dropout:
+                    keep_NML = keep_masks(p_NML)
+                    kept_NML = p_NML * keep_NML
+                    grad_p_NML.mul_(keep_NML)
+                grad_v_NSK[:, tile.keys].baddbmm_(kept_NML.transpose(1, 2), grad_NMK)
+                grad_score_NML = torch._softmax_backward_data(
+                    grad_p_NML, p_NML, -1, torch.float32, grad_input=grad_p_NML
+                )
+                if grad_lse_BHS is not None:  # d lse / d score is the probability
+                    grad_score_NML.addcmul_(p_NML, part.take(grad_lse_BHS, tile).unsqueeze(-1))
+                if tile.far is not None:
+                    part.put(grad_gate_BHS, tile, part.far_sum(tile, grad_score_NML))
+                grad_k_NSK[:, tile.keys].baddbmm_(grad_score_NML.transpose(1, 2), q_NMK)
+                grad_q_NMK = torch.bmm(grad_score_NML, part.k_NSK[:, tile.keys]).mul_(part.scale)
+                part.put(grad_q_BHSK, tile, grad_q_NMK)
+        return grad_q_BHSK, grad_k_BGSK.to(k_BGSK.dtype), grad_v_BGSK.to(v_BGSK.dtype), grad_gate_BHS, None, None, None
+
+
+class _Part:
+    """Some rows of the batch, in fp32 and in the layout of the products.
+
+    N counts rows x key heads, R the query heads of a key head, Q and L the queries and keys of a tile, M = R * Q.
+    """
+
+    def __init__(self, rows, tiles, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS):
+        self.rows, self.groups = rows, k_BGSK.shape[1]
+        self.q_BHSK, self.log_gate_BHS = q_BHSK, log_gate_BHS
+        self.k_NSK, self.v_NSK = (x[rows].flatten(0, 1).float().contiguous() for x in (k_BGSK, v_BGSK))
+        self.scale = q_BHSK.shape[-1] ** -0.5
+        self.num_rows, self.repeats = self.k_NSK.shape[0], q_BHSK.shape[1] // self.groups
+        largest = max((tile.end - tile.begin) * (tile.end - tile.first_key) for tile in tiles)
+        self._scratch = self.k_NSK.new_empty(2, self.num_rows * self.repeats * largest)
+
+    def scratch(self, tile: Tile, slot: int) -> Tensor:
+        """Memory for one of the two score-sized tensors of a tile, used again by the next tile: [N, M, L]."""
+        shape = self.num_rows, self.repeats * (tile.end - tile.begin), tile.end - tile.first_key
+        return self._scratch[slot, : math.prod(shape)].view(shape)
+
+    def take(self, x: Tensor, tile: Tile) -> Tensor:
+        """The tile's queries of x, [B, H, S] or [B, H, S, K], as [N, M] or [N, M, K]."""
+        return self._of(x, tile).reshape(self.num_rows, -1, *x.shape[3:])
+
+    def put(self, x: Tensor, tile: Tile, value: Tensor) -> None:
+        """Write what ``take`` would read."""
+        target = self._of(x, tile)
+        target.copy_(value.view(target.shape))
+
+    def _of(self, x: Tensor, tile: Tile) -> Tensor:
+        return x[self.rows].unflatten(1, (self.groups, self.repeats))[:, :, :, tile.begin : tile.end]
+
+    def queries(self, tile: Tile) -> Tensor:
+        """q_NMK, scaled."""
+        return (self._of(self.q_BHSK, tile).float() * self.scale).reshape(self.num_rows, -1, self.q_BHSK.shape[-1])
+
+    def scores(self, tile: Tile, q_NMK: Tensor) -> Tensor:
+        """Masked and gated scores, in the first scratch memory."""
+        score_NML = torch.bmm(q_NMK, self.k_NSK[:, tile.keys].transpose(1, 2), out=self.scratch(tile, 0))
+        score_NRQL = score_NML.unflatten(1, (self.repeats, -1))
+        score_NRQL[..., tile.begin - tile.end :] += tile.causal
+        if tile.edge is not None:
+            score_NRQL[..., : tile.edge.shape[-1]] += tile.edge
+        if tile.far is not None:
+            log_gate_NRQ1 = self.take(self.log_gate_BHS, tile).view(*score_NRQL.shape[:-1], 1)
+            score_NRQL[..., : tile.far.shape[-1]].addcmul_(log_gate_NRQ1, tile.far)
+        return score_NML
+
+    def far_sum(self, tile: Tile, score_NML: Tensor) -> Tensor:
+        """Sum over the far keys, [N, R, Q]."""
+        return (score_NML.unflatten(1, (self.repeats, -1))[..., : tile.far.shape[-1]] * tile.far).sum(-1)
+
+
+def _keep_masks(dropout: Dropout | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function that draws 0 or 1 / (1 - probability) for one tile after the other, the same in both passes."""
+    generator = torch.Generator(device).manual_seed(dropout.seed) if dropout else None
+    return lambda like: (
+        torch.empty_like(like).bernoulli_(1 - dropout.probability, generator=generator).div_(1 - dropout.probability)
+    )

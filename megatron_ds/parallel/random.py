@@ -1,0 +1,34 @@
+"""Random numbers as a pure function of where they are used, so that no topology, resume or recompute changes them.
+
+A seed is derived from what identifies the use (run seed, step, micro-batch, layer, parameter name) by a hash, and the
+generator is seeded right there. No generator state has to travel, be saved or be put back.
+"""
+
+import hashlib
+
+import torch
+
+
+def derive_seed(*identity: int | str) -> int:
+    """A 63-bit seed from the parts that identify one use of randomness, e.g. ``derive_seed(seed, "norm.weight")``."""
+    digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def micro_batch_seed(seed: int, step: int, micro_batch: int) -> int:
+    """Seed of the dropout masks of one micro-batch.
+
+    Args:
+        seed: the run's seed.
+        step: optimizer step.
+        micro_batch: index of the micro-batch in the global batch, over all data-parallel ranks.
+    """
+    return derive_seed(seed, "dropout", step, micro_batch)
+
+
+def seed_default_generator(device: torch.device, seed: int) -> None:
+    """Seed the generator that dropout on ``device`` draws from."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.get_device_module(device).manual_seed(seed)
