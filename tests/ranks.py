@@ -1,8 +1,8 @@
 """Run a function on several gloo ranks, in processes that stay warm between tests.
 
 Importing torch and DeepSpeed costs seconds, so each world size keeps its worker processes for the whole test session.
-A call sends a picklable function and its arguments to every worker; the workers join a fresh process group on a free
-port, run it and send back what it returned. The first failure is raised with the rank's traceback, a worker that dies
+A call sends a picklable function and its arguments to every worker, which makes fresh groups, runs it and sends back
+what it returned. The first failure is raised with the rank's traceback, a worker that dies
 or hangs fails the test and the pool is started anew.
 
     def work(groups, x): ...
@@ -30,35 +30,45 @@ class Pool:
 
     def __init__(self, size: int):
         context = multiprocessing.get_context("spawn")
-        self.pipes, self.processes = [], []
+        self.pipes, self.processes, port = [], [], free_port()
         for rank in range(size):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, size, theirs), daemon=True)
+            process = context.Process(target=_worker, args=(rank, size, port, theirs), daemon=True)
             process.start()
             self.pipes.append(mine)
             self.processes.append(process)
 
     def call(self, function, arguments, options, timeout):
         """Run on all ranks and return their results in rank order."""
-        port = free_port()
         for pipe in self.pipes:
-            pipe.send((function, arguments, options, port))
-        results = []
-        deadline = time.monotonic() + timeout
-        for rank, pipe in enumerate(self.pipes):
-            while not pipe.poll(0.05):
-                if not self.processes[rank].is_alive():
-                    raise RankError(f"rank {rank} died with exit code {self.processes[rank].exitcode}")
-                if time.monotonic() > deadline:
-                    raise RankError(f"rank {rank} did not answer within {timeout} s")
-            try:
-                ok, value = pipe.recv()
-            except EOFError:
-                raise RankError(f"rank {rank} died") from None
-            if not ok:
-                raise RankError(f"rank {rank}:\n{value}")
-            results.append(value)
-        return results
+            pipe.send((function, arguments, options))
+        answers, deadline = {}, time.monotonic() + timeout
+        while len(answers) < len(self.pipes) and time.monotonic() < deadline:
+            for rank in set(range(len(self.pipes))) - set(answers):
+                answer = self._answer(rank)
+                if answer is not None:
+                    answers[rank] = answer
+                    if not answer[0]:  # the peers of a failed rank fail soon, and one of them may know the cause
+                        deadline = min(deadline, time.monotonic() + 2)
+        failures = {rank: text for rank, (ok, text) in answers.items() if not ok}
+        if failures:
+            cause = min(failures, key=lambda rank: "Connection closed by peer" in failures[rank])
+            raise RankError(f"rank {cause}:\n{failures[cause]}")
+        if len(answers) < len(self.pipes):
+            raise RankError(f"no answer within {timeout} s from ranks {sorted(set(range(len(self.pipes))) - set(answers))}")
+        return [answers[rank][1] for rank in range(len(self.pipes))]
+
+    def _answer(self, rank):
+        """(True, result) or (False, traceback); None while there is no answer."""
+        try:
+            if self.pipes[rank].poll(0.01):
+                return self.pipes[rank].recv()
+            if self.processes[rank].is_alive():
+                return None
+        except EOFError:
+            pass
+        self.processes[rank].join(5)
+        return False, f"died with exit code {self.processes[rank].exitcode}"
 
     def kill(self):
         """End the workers."""
@@ -84,7 +94,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _worker(rank, size, pipe):
+def _worker(rank, size, port, pipe):
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false",
@@ -92,16 +102,15 @@ def _worker(rank, size, pipe):
     import torch
 
     from megatron_ds.config.schema import ParallelConfig
-    from megatron_ds.parallel.groups import distributed
+    from megatron_ds.parallel.groups import build_groups, distributed
 
     torch.set_num_threads(1)
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    os.environ["MASTER_PORT"] = str(port)
+    with contextlib.suppress(EOFError, KeyboardInterrupt), distributed(ParallelConfig(distributed_timeout_minutes=1.0)):
         while True:
-            function, arguments, options, port = pipe.recv()
-            os.environ["MASTER_PORT"] = str(port)
+            function, arguments, options = pipe.recv()
             try:
-                with distributed(ParallelConfig(**{"distributed_timeout_minutes": 1.0, **options})) as groups:
-                    pipe.send((True, function(groups, *arguments)))
+                pipe.send((True, function(build_groups(ParallelConfig(**options)), *arguments)))
             except BaseException:  # noqa: B036 - everything must reach the test
                 pipe.send((False, traceback.format_exc()))
                 return

@@ -11,11 +11,15 @@ depend on the order: all pipeline layouts clip by the same bits.
 from collections.abc import Callable, Iterable
 
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from megatron_ds.data.loader import Batch
 from megatron_ds.optim.grad_norm import clip_coefficient, global_norm, sum_of_squares
 from megatron_ds.parallel.groups import Groups
+from megatron_ds.parallel.random import micro_batch_seed
 
 
 class GlobalNorm:
@@ -49,25 +53,33 @@ class GradientsMixin:
 
     groups: Groups
     global_norm: GlobalNorm
+    seed: int
+
+    def dropout_seed(self, step: int, index: int) -> int:
+        """Seed of the dropout masks of this data rank's micro-batch ``index``."""
+        return micro_batch_seed(self.seed, step, index * self.groups.topology.data + self.groups.index("data"))
 
     def install_global_norm(self, weight_names: list[str], parameters: dict[str, nn.Parameter]) -> None:
-        """Replace the norms that DeepSpeed computes for ZeRO 0-2; ZeRO-3 and bf16 (fp32 sums by DeepSpeed) are kept."""
+        """Make DeepSpeed's ZeRO wrappers clip by our norm; bf16 with ZeRO-1 keeps DeepSpeed's (its BF16_Optimizer)."""
         self.global_norm = GlobalNorm(self.groups, weight_names, parameters)
         if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
-            self.optimizer.scaled_global_norm = self._zero_norm
+            self.optimizer.scaled_global_norm = lambda: self._zero_norm(self.optimizer.params_in_partition)
+        elif isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
+            self.optimizer._get_norm_groups = lambda: [self._zero_norm(self.optimizer.fp16_groups)]
 
-    def _zero_norm(self) -> Tensor:
-        """Norm over ZeRO-1/2 shards, still multiplied by the loss scale as the wrapper expects."""
-        optimizer = self.optimizer
+    def _zero_norm(self, parameters_of_group: list[list[nn.Parameter]]) -> Tensor:
+        """Norm over this rank's gradient shards, still multiplied by the loss scale as the wrappers expect.
+
+        float64, so that the clipping factor has the same bits with every wrapper and without one.
+        """
         parts = [
             (parameter, gradient)
-            for index in range(len(optimizer.bit16_groups))
-            for gradient, parameter in zip(
-                (g for g in optimizer.averaged_gradients[index] if not getattr(g, "_zero_padding", False)),
-                optimizer.params_in_partition[index],
+            for index, parameters in enumerate(parameters_of_group)
+            for parameter, gradient in zip(
+                parameters, (g for g in self.optimizer.averaged_gradients[index] if not getattr(g, "_zero_padding", False))
             )
         ]
-        return torch.tensor(self.global_norm(parts, sharded=True), device=self.groups.device)
+        return torch.tensor(self.global_norm(parts, sharded=True), dtype=torch.float64, device=self.groups.device)
 
     def _take_model_step(self, lr_kwargs: dict | None) -> None:
         """DeepSpeed's step; without a ZeRO wrapper the norm and the clipping are ours."""
@@ -93,10 +105,21 @@ class GradientsMixin:
         return float(self._global_grad_norm)
 
     @property
-    def loss_scale(self) -> float:
+    def current_loss_scale(self) -> float:
         """Factor on the fp16 loss; 1 in other precisions."""
         return float(getattr(self.optimizer, "loss_scale", 1.0)) if self.fp16_enabled() else 1.0
 
+    @property
+    def was_skipped(self) -> bool:
+        """Whether the last step left the weights as they were because a gradient overflowed."""
+        return not self._step_applied
 
-Objective = Callable[[Tensor, "object"], Tensor]
+    @property
+    def device_peak_bytes(self) -> int | None:
+        """Most memory allocated on this rank's accelerator; None on a CPU, which keeps no such count."""
+        accelerator = get_accelerator()
+        return None if accelerator.device_name() == "cpu" else accelerator.max_memory_allocated()
+
+
+Objective = Callable[[Tensor, Batch], Tensor]
 """logits_BSV and the batch to the *sum* of the loss over counted tokens."""

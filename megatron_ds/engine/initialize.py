@@ -8,17 +8,20 @@ import logging
 import warnings
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import zero
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
-from megatron_ds.config.load import deepspeed_dict
+from megatron_ds.config.deepspeed_dict import deepspeed_dict
 from megatron_ds.config.schema import ModelConfig, RunConfig
 from megatron_ds.engine.gradients import Objective
 from megatron_ds.engine.module import StageModule
 from megatron_ds.engine.pipeline_engine import TableEngine
 from megatron_ds.engine.plain_engine import PlainEngine
+from megatron_ds.errors import ConfigError
 from megatron_ds.model.decoder import Decoder
 from megatron_ds.model.init import initialize
 from megatron_ds.optim.optimizers import build_optimizer
@@ -34,9 +37,14 @@ def build_engine(config: RunConfig, groups: Groups, objective: Objective) -> tup
         config: resolved configuration.
         groups: process groups of the run.
         objective: logits and batch to the loss sum.
+
+    Raises:
+        ConfigError: the device cannot compute in the configured precision.
     """
     deepspeed_logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(deepspeed|torch)\.")
+    if config.fp16.enabled and not get_accelerator().is_fp16_supported():
+        raise ConfigError("fp16.enabled = true: this device has no fp16 arithmetic; leave it out, or set bf16.enabled")
     ours = config.megatron_ds
     recompute = ours.training.recompute_granularity
     if groups.topology.pipe > 1:
@@ -49,6 +57,7 @@ def build_engine(config: RunConfig, groups: Groups, objective: Objective) -> tup
 
     settings = deepspeed_dict(config)
     mpu = module.mpu() if groups.topology.pipe > 1 else None
+    deepspeed_groups.mpu = mpu  # DeepSpeed keeps it in a global, where an earlier engine's may still be
     zero.partition_parameters.shutdown_init_context()
     arguments = {
         "args": None,

@@ -11,8 +11,8 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 
 from megatron_ds.config.schema import ModelConfig
-from megatron_ds.model.cost import layer_costs
-from megatron_ds.model.decoder import Context, LayerEntry, layer_list, run, tied_output
+from megatron_ds.model.context import Context
+from megatron_ds.model.decoder import LayerEntry, layer_list, run, tied_output
 from megatron_ds.parallel.groups import Groups
 from megatron_ds.pipeline.partition import partition
 
@@ -33,7 +33,13 @@ class StageModule(PipelineModule):
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
     def forward(
-        self, x: Tensor, document_BS: Tensor, position_BS: Tensor, step: int | None, dropout_seed: int | None
+        self,
+        x: Tensor,
+        document_BS: Tensor,
+        position_BS: Tensor,
+        *,
+        step: int | None = None,
+        dropout_seed: int | None = None,
     ) -> Tensor:
         """Run the stage.
 
@@ -64,20 +70,20 @@ class StageModule(PipelineModule):
 def stage_bounds(model: ModelConfig, num_stages: int) -> list[int]:
     """Boundaries of the stages in the layer list: equal cost, and at least one decoder layer in each.
 
-    Every stage needs a decoder layer so that its optimizer has the same parameter groups as the others, which
+    The cost of a layer is the number of weights that a token is multiplied with. Every stage needs a decoder layer so that its optimizer has the same parameter groups as the others, which
     DeepSpeed's gradient norm relies on. So the cut runs over the decoder layers; embedding and output go with the
     outermost ones.
     """
-    costs = layer_costs(model)
-    decoder_costs = costs[1:-2]
-    decoder_costs[0] += costs[0]
-    decoder_costs[-1] += sum(costs[-2:])
-    inner = partition(decoder_costs, num_stages)[1:-1]
-    return [0, *(1 + layer for layer in inner), len(costs)]
+    heads = model.num_attention_heads + model.num_kv_heads
+    layer = model.hidden_size * (2 * heads * model.head_dim + 3 * model.ffn_size)
+    costs = [float(layer)] * model.num_layers
+    costs[-1] += model.hidden_size * model.padded_vocab_size
+    inner = partition(costs, num_stages)[1:-1]
+    return [0, *(1 + index for index in inner), len(layer_list(model))]
 
 
 def _layer_spec(entry: LayerEntry) -> LayerSpec:
     if entry.tied:
         forward = None if entry.name == "embedding" else tied_output
-        return TiedLayerSpec("embedding", entry.build, forward_fn=forward, tied_weight_attr="weight")
-    return LayerSpec(entry.build)
+        return TiedLayerSpec("embedding", entry.kind, *entry.arguments, forward_fn=forward, tied_weight_attr="weight")
+    return LayerSpec(entry.kind, *entry.arguments)

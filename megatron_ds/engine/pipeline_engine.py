@@ -16,7 +16,6 @@ from megatron_ds.data.loader import Batch
 from megatron_ds.engine.gradients import GradientsMixin, Objective
 from megatron_ds.parallel.groups import Groups
 from megatron_ds.parallel.p2p import Letter, Mailbox
-from megatron_ds.parallel.random import micro_batch_seed
 from megatron_ds.pipeline.lowering import Instruction, lower
 from megatron_ds.pipeline.schedule import SCHEDULES, Compute, forward_only, tables
 
@@ -67,12 +66,17 @@ class TableEngine(GradientsMixin, PipelineEngine):
         self.module.eval()
         return _Run(self, batches, step=None, scale=0.0).execute(self._program(forward_only, len(batches)))
 
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """Type of the activations between stages: that of the weights."""
+        return next(self.module.parameters()).dtype
+
     def _program(self, schedule, num_micro_batches: int) -> list[Instruction]:
         return lower(tables(schedule, self.num_stages, num_micro_batches))[self.stage_id]
 
-    def stage_forward(self, *inputs) -> Tensor:
+    def stage_forward(self, *inputs, **kwargs) -> Tensor:
         """Forward of this stage with DeepSpeed's hooks (``PipelineEngine.forward`` itself is disabled)."""
-        return DeepSpeedEngine.forward(self, *inputs)
+        return DeepSpeedEngine.forward(self, *inputs, **kwargs)
 
     def loss_backward(self, loss: Tensor) -> None:
         """Backward from the loss, with DeepSpeed's loss scaling but without its division by the micro-batches."""
@@ -87,10 +91,11 @@ class TableEngine(GradientsMixin, PipelineEngine):
 
 
 class _Run:
-    """One pass over a program: the state of the micro-batches under way."""
+    """One pass over a program: the state of the micro-batches under way. ``step`` is None in an evaluation."""
 
     def __init__(self, engine: TableEngine, batches: list[Batch], step: int | None, scale: float):
         self.engine, self.batches, self.step, self.scale = engine, batches, step, scale
+        self.training = step is not None
         self.mailbox = engine._mailbox
         self.activations: dict[int, tuple[Letter, Letter]] = {}
         self.gradients: dict[int, Letter] = {}
@@ -113,12 +118,14 @@ class _Run:
             x, packing = batch.token_BS, torch.stack([batch.document_BS, batch.position_BS])
         else:
             x, packing = (letter.open() for letter in self.activations.pop(index))
-            x.requires_grad_(torch.is_grad_enabled())
-        seed = micro_batch_seed(engine.seed, self.step, index * engine.groups.topology.data + engine.groups.index("data"))
-        output = engine.stage_forward(x, packing[0], packing[1], self.step, seed)
+            x.requires_grad_(self.training)
+        seed = engine.dropout_seed(self.step, index) if self.training else None
+        output = engine.stage_forward(x, *packing, step=self.step, dropout_seed=seed)
         if engine.is_last_stage():
             output = engine.objective(output, batch)
             self.loss += output.detach()
+            if not self.training:
+                return
         self.in_flight[index] = InFlight(x, packing, output)
 
     def backward(self, index: int) -> None:
@@ -131,7 +138,7 @@ class _Run:
             del self.in_flight[index]
 
     def send_activation(self, index: int, peer: int) -> None:
-        held = self.in_flight[index]
+        held = self.in_flight[index] if self.training else self.in_flight.pop(index)
         self.mailbox.send("activation", held.output, peer)
         self.mailbox.send("activation", held.packing, peer)
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from megatron_ds.data.loader import Batch
 from megatron_ds.engine.gradients import GradientsMixin, Objective
+from megatron_ds.model.decoder import Embedding
 from megatron_ds.parallel.groups import Groups
-from megatron_ds.parallel.random import micro_batch_seed
 
 
 class PlainEngine(GradientsMixin, DeepSpeedEngine):
@@ -16,11 +16,10 @@ class PlainEngine(GradientsMixin, DeepSpeedEngine):
     def __init__(self, *args, groups: Groups, objective: Objective, seed: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.groups, self.objective, self.seed = groups, objective, seed
-        # ZeRO 2 and 3 reduce while the backward runs; below that we reduce once, after the tied copies are summed.
+        # ZeRO 2 and 3 reduce while the backward runs; below that we reduce once, after the last micro-batch.
         self._reduces_at_end = self.zero_optimization_stage() < 2
         self.enable_backward_allreduce = not self._reduces_at_end
-        if self._reduces_at_end:
-            self.module.separate_tied_gradients()
+        self._tied = self._separate_tied_gradients()
 
     def train_step(self, batches: list[Batch], *, num_counted: int, step: int) -> Tensor:
         """One optimizer step; see ``TableEngine.train_step``."""
@@ -29,15 +28,13 @@ class PlainEngine(GradientsMixin, DeepSpeedEngine):
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
             self.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            seed = micro_batch_seed(
-                self.seed, step, index * self.groups.topology.data + self.groups.index("data")
-            )
-            logits = self(batch.token_BS, batch.document_BS, batch.position_BS, step, seed)
+            seed = self.dropout_seed(step, index)
+            logits = self(batch.token_BS, batch.document_BS, batch.position_BS, step=step, dropout_seed=seed)
             loss = self.objective(logits, batch)
             total += loss.detach()
             self.backward(loss * scale, scale_wrt_gas=False)
         if self._reduces_at_end:
-            self.module.merge_tied_gradients()
+            self._merge_tied_gradients()
             self.allreduce_gradients()
         self.step()
         return total
@@ -50,3 +47,21 @@ class PlainEngine(GradientsMixin, DeepSpeedEngine):
         for batch in batches:
             total += self.objective(self(batch.token_BS, batch.document_BS, batch.position_BS), batch)
         return total
+
+    def _separate_tied_gradients(self) -> Embedding | None:
+        """Give a tied output an alias of the embedding's weight, whose gradient adds up by itself.
+
+        A pipeline adds the gradients of both uses over all micro-batches, each on its own stage, before it sums them. Floats
+        are not associative: only the same order on one stage gives the same bits. Low precision and ZeRO 2-3, which never
+        promise these bits, let autograd sum the two uses per micro-batch and save the second buffer.
+        """
+        if not self._reduces_at_end or self.fp16_enabled() or self.bfloat16_enabled() or self.module.output is not None:
+            return None
+        embedding = self.module.embedding
+        embedding.output_weight = embedding.weight.detach().requires_grad_()
+        return embedding
+
+    def _merge_tied_gradients(self) -> None:
+        if self._tied is not None:
+            self._tied.weight.grad += self._tied.output_weight.grad
+            self._tied.output_weight.grad = None

@@ -79,6 +79,17 @@ class Groups:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    @contextmanager
+    def rank_zero_first(self) -> Iterator[None]:
+        """Rank 0 runs the body while the others wait, then they run it: for work whose result is cached on disk."""
+        if self.rank > 0:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.rank == 0:
+                self.barrier()
+
     def deepspeed_topology(self) -> ProcessTopology:
         """The same grid in DeepSpeed's terms."""
         topology = self.topology

@@ -1,0 +1,113 @@
+"""Every layout trains the same model: losses and gradient norms of pp, dp, ZeRO and precision against one rank.
+
+Micro-batches have unequal numbers of counted targets: a mean over micro-batches, ranks or stages, instead of over the
+counted tokens of the global batch, would show.
+"""
+
+import pytest
+from ranks import run_ranks
+from tiny import STEPS, train
+
+
+def run(world_size, steps=STEPS, **options):
+    parallel = {"pipeline_model_parallel_size": options.get("pp", 1)}
+    results = run_ranks(train, world_size, options, steps, parallel=parallel)
+    assert all(result == results[0] for result in results), "the ranks disagree about losses or norms"
+    return results[0]
+
+
+def assert_close(result, reference, relative):
+    for ours, theirs in zip(result, reference, strict=True):
+        assert ours == pytest.approx(theirs, rel=relative, abs=0)
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    losses, norms = run(1)
+    assert losses[-1] < losses[0] and max(norms) > 1.0 > min(norms), "the reference must learn, and clip only at times"
+    return losses, norms
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("pp", [2, 4])
+@pytest.mark.parametrize("tied", [True, False])
+def test_pipelines_are_bit_identical(pp, stage, tied):
+    model = {"untie_embeddings_and_output_weights": not tied}
+    assert run(pp, pp=pp, stage=stage, model=model) == run(1, stage=stage, model=model)
+
+
+@pytest.mark.parametrize("dp", [2, 4, 8])
+def test_data_parallel(one_rank, dp):
+    assert_close(run(dp), one_rank, 1e-6)
+
+
+@pytest.mark.parametrize("dp", [1, 2, 4])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_stages(one_rank, stage, dp):
+    assert_close(run(dp, stage=stage), one_rank, 1e-6)
+
+
+def test_pipeline_with_data_parallel_and_zero(one_rank):
+    assert_close(run(8, pp=4, stage=1), one_rank, 1e-6)
+    assert_close(run(4, pp=2, stage=0), one_rank, 1e-6)
+
+
+def test_micro_batching_does_not_change_the_loss(one_rank):
+    assert_close(run(1, micro=4), one_rank, 1e-6)
+    assert_close(run(2, micro=2, pp=2), one_rank, 1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["full", "selective"])
+def test_recompute_changes_nothing(granularity):
+    training = {"recompute_granularity": granularity}
+    model = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    assert run(2, pp=2, training=training, model=model) == run(2, pp=2, model=model)
+
+
+@pytest.mark.parametrize("pp", [2, 4])
+def test_dropout_masks_do_not_depend_on_the_pipeline(pp):
+    model = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
+    with_dropout = run(1, model=model)
+    assert run(pp, pp=pp, model=model) == with_dropout
+    assert with_dropout != run(1)
+
+
+@pytest.mark.parametrize("kind", ["full", "soft_gate"])
+def test_other_attention_modes(kind):
+    attention = {"kind": kind} if kind == "full" else {"kind": kind, "window": 5}
+    assert run(2, pp=2, model={"attention": attention}) == run(1, model={"attention": attention})
+
+
+def test_bf16_accumulates_in_fp32_and_follows_fp32(one_rank):
+    """bf16 rounds weights and activations: the curve follows fp32 within its 3 digits, and layouts agree closely."""
+    alone = run(1, dtype="bf16", stage=1)
+    assert_close(alone[0], one_rank[0], 3e-2)
+    assert_close(run(2, pp=2, dtype="bf16", stage=1)[0], alone[0], 2e-3)
+    assert_close(run(2, dtype="bf16", stage=1)[0], alone[0], 2e-3)
+    for stage in (2, 3):
+        assert_close(run(2, dtype="bf16", stage=stage)[0], one_rank[0], 3e-2)
+
+
+def train_fp16(groups, options, steps):
+    """As ``train``, on a CPU that may lack fp16 instructions: PyTorch computes without them, DeepSpeed would not start."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    return train(groups, {"dtype": "fp16", "stage": 1, **options}, steps)
+
+
+def test_fp16_scales_the_loss_and_skips_overflows(one_rank):
+    [(losses, norms)] = run_ranks(train_fp16, 1, {}, 30)
+    skipped = norms.count(float("inf"))
+    assert 1 <= skipped < 15, "the first loss scales overflow and their steps are skipped"
+    assert losses[-1] < losses[0] - 0.1
+    piped = run_ranks(train_fp16, 2, {"pp": 2}, 30, parallel={"pipeline_model_parallel_size": 2})[0]
+    assert piped[1].count(float("inf")) == skipped
+    assert_close(piped[0], losses, 5e-3)
+
+
+def test_clipping_zero_is_off():
+    _, norms = run(1, clipping=0.0, stage=1)
+    losses, clipped = run(2, pp=2, clipping=0.0, stage=1)
+    assert norms == clipped and max(norms) > 1.0
+    assert losses != run(1, stage=1)[0]
