@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from megatron_ds.config.schema import FullAttention, HybridAttention, ModelConfig, SoftGateAttention
+from megatron_ds.config.schema import HybridAttention, ModelConfig, SoftGateAttention
 from megatron_ds.model.attention_mask import first_keys, key_ranges
 
 Convention = Literal["causal", "executed"]
@@ -72,8 +72,7 @@ def layer_costs(
     seq_length = seq_length or config.seq_length
     weights = _attention_weights(config) + _mlp_weights(config)
     layers = [
-        6 * weights
-        + sum(_core_flops(config, seq_length, window, convention) for window in _core_windows(config, index))
+        6 * weights + sum(_core_flops(config, seq_length, window, convention) for window in _windows(config, index))
         for index in range(config.num_layers)
     ]
     return [0.0, *layers, 0.0, 6.0 * config.padded_vocab_size * config.hidden_size]
@@ -114,7 +113,7 @@ def _mlp_weights(config: ModelConfig) -> int:
     return 3 * config.hidden_size * config.ffn_size
 
 
-def _core_windows(config: ModelConfig, index: int) -> list[int | None]:
+def _windows(config: ModelConfig, index: int) -> list[int | None]:
     """Window of each core attention that one layer runs, None for the whole document."""
     attention = config.attention
     if isinstance(attention, HybridAttention):

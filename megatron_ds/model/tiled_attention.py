@@ -99,7 +99,7 @@ class _TiledAttention(torch.autograd.Function):
                     keep_NML = keep_masks(p_NML)
                     kept_NML = p_NML * keep_NML
                     grad_p_NML.mul_(keep_NML)
-                grad_v_NSK[:, tile.keys].baddbmm_(kept_NML.transpose(1, 2), grad_NMK)
+                _accumulate(grad_v_NSK[:, tile.keys], kept_NML, grad_NMK)
                 grad_score_NML = torch._softmax_backward_data(
                     grad_p_NML, p_NML, -1, torch.float32, grad_input=grad_p_NML
                 )
@@ -107,7 +107,7 @@ class _TiledAttention(torch.autograd.Function):
                     grad_score_NML.addcmul_(p_NML, part.take(grad_lse_BHS, tile).unsqueeze(-1))
                 if tile.far is not None:
                     part.put(grad_gate_BHS, tile, part.far_sum(tile, grad_score_NML))
-                grad_k_NSK[:, tile.keys].baddbmm_(grad_score_NML.transpose(1, 2), q_NMK)
+                _accumulate(grad_k_NSK[:, tile.keys], grad_score_NML, q_NMK)
                 grad_q_NMK = torch.bmm(grad_score_NML, part.k_NSK[:, tile.keys]).mul_(part.scale)
                 part.put(grad_q_BHSK, tile, grad_q_NMK)
         return grad_q_BHSK, grad_k_BGSK.to(k_BGSK.dtype), grad_v_BGSK.to(v_BGSK.dtype), grad_gate_BHS, None, None, None
@@ -164,6 +164,11 @@ class _Part:
     def far_sum(self, tile: Tile, score_NML: Tensor) -> Tensor:
         """Sum over the far keys, [N, R, Q]."""
         return (score_NML.unflatten(1, (self.repeats, -1))[..., : tile.far.shape[-1]] * tile.far).sum(-1)
+
+
+def _accumulate(total_NLK: Tensor, weight_NML: Tensor, x_NMK: Tensor) -> None:
+    """total += weight^T x; written so that PyTorch's FLOP counter, which skips in-place products, sees it."""
+    torch.baddbmm(total_NLK, weight_NML.transpose(1, 2), x_NMK, out=total_NLK)
 
 
 def _keep_masks(dropout: Dropout | None, device: torch.device) -> Callable[[Tensor], Tensor]:
