@@ -1,0 +1,123 @@
+"""The run directory: where everything that a run leaves behind has its place, and the lock that one job holds on it.
+
+``runs/NAME`` holds ``config.json``, ``ledger.jsonl``, ``status.json``, ``wandb/`` and ``checkpoints/``. The same
+command finds the same directory and resumes. Rank 0 acquires it; the operating system releases the lock with the
+process, however it dies, so a crash never locks anyone out. ``status.json`` says in a few words how the run is doing:
+scripts read it instead of the launcher's exit code, which depends on which rank was noticed first.
+"""
+
+import json
+import os
+import re
+import secrets
+import socket
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from megatron_ds.checkpoint.manifest import replace_file
+from megatron_ds.errors import ConfigError
+
+State = Literal["starting", "training", "evaluating", "saving", "finished", "failed", "stopped", "preempted"]
+SECRET = re.compile(r"(?:^|_)(?:(?:api|access|secret|private)_?key|token|secret|password|credentials?)$")
+"""Names of settings whose values are never written."""
+
+
+class RunDirectory:
+    """Paths and small files of one run. Building it touches nothing; ``acquire`` does."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.ledger = self.path / "ledger.jsonl"
+        self.status = self.path / "status.json"
+        self.checkpoints = self.path / "checkpoints"
+        self._run_id = self.path / "run_id"
+        self._lock = FileLock(self.path / ".lock", timeout=0)
+        self._started: datetime | None = None
+
+    def acquire(self) -> None:
+        """Create the directory and own it until the process ends.
+
+        Raises:
+            ConfigError: Another live job owns it, or it cannot be created.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"run directory {self.path} is in use by {self._owner()}; stop that job or give this one "
+                f"another --run-name"
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"run directory {self.path} cannot be created: {error.strerror}; set --run-dir to a writable directory"
+            ) from error
+        self._started = datetime.now(UTC)
+        self.write_status("starting")
+
+    def release(self) -> None:
+        """Give the directory back before the process ends."""
+        self._lock.release()
+
+    def write_config(self, tree: dict[str, Any]) -> None:
+        """Write the resolved configuration, without values that look like secrets."""
+        replace_file(self.config, _json(without_secrets(tree)))
+
+    def write_status(self, state: State, reason: str = "", step: int | None = None) -> None:
+        """Replace ``status.json``; readers see the old or the new one, never a part."""
+        assert self._started is not None, "only the process that acquired the run directory writes its status"
+        status = {
+            "state": state,
+            "reason": reason,
+            "step": step,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": self._started.isoformat(timespec="seconds"),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        replace_file(self.status, _json(status))
+
+    def run_id(self, known: str | None = None) -> str:
+        """W&B's id of this run: ``known`` (from a checkpoint), else the stored one, else a new one; stored at once."""
+        run_id = known or (self._run_id.read_text().strip() if self._run_id.exists() else "") or secrets.token_hex(4)
+        replace_file(self._run_id, f"{run_id}\n".encode())
+        return run_id
+
+    def _owner(self) -> str:
+        """Who holds the lock, from the status that it wrote."""
+        try:
+            status = json.loads(self.status.read_text())
+            now = datetime.now(UTC)
+            started, seen = (_age(now - datetime.fromisoformat(status[key])) for key in ("started", "time"))
+            return (
+                f"pid {status['pid']} on host {status['host']} ({status['state']}, started {started} ago, "
+                f"last sign of life {seen} ago)"
+            )
+        except (OSError, ValueError, KeyError):
+            return "a job that has not written its status yet"
+
+
+def without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
+    """Copy of a configuration tree without the keys that name a secret (``api_key``, ``token``, ``password`` ...)."""
+    return {
+        key: without_secrets(value) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if not SECRET.search(key.lower().replace("-", "_"))
+    }
+
+
+def _json(tree: dict[str, Any]) -> bytes:
+    return json.dumps(tree, indent=2).encode() + b"\n"
+
+
+def _age(span: timedelta) -> str:
+    """A duration in its largest unit: 7 s, 12 min, 3 h, 2 d."""
+    seconds = max(0, int(span.total_seconds()))
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
