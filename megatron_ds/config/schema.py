@@ -10,12 +10,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_ds.config.deepspeed_keys import DeepSpeedKeys, Section
+from megatron_ds.config.deepspeed_keys import (
+    DeepSpeedKeys,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Section,
+)
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
+Stretch = Annotated[float, Field(ge=1)]
 
 
 # --- model: attention -----------------------------------------------------------------------------------------------
@@ -76,27 +81,36 @@ class LinearRope(Section):
     """Positions divided by ``factor`` (position interpolation, arXiv 2306.15595)."""
 
     kind: Literal["linear"] = "linear"
-    factor: PositiveFloat
+    factor: Stretch
+    """How many times longer the context becomes."""
 
 
 class Llama3Rope(Section):
     """Llama 3.1's frequency-dependent interpolation."""
 
     kind: Literal["llama3"] = "llama3"
-    factor: PositiveFloat = 8.0
+    factor: Stretch = 8.0
+    """How many times longer the context becomes."""
     low_freq_factor: PositiveFloat = 1.0
+    """Frequencies below original / this are interpolated in full."""
     high_freq_factor: PositiveFloat = 4.0
+    """Frequencies above original / this are kept."""
     original_max_position_embeddings: PositiveInt = 8192
+    """Context of the model before the extension."""
 
 
 class YarnRope(Section):
     """YaRN (arXiv 2309.00071): interpolate the slow frequencies, keep the fast ones, rescale the attention."""
 
     kind: Literal["yarn"] = "yarn"
-    factor: PositiveFloat
+    factor: Stretch
+    """How many times longer the context becomes."""
     original_max_position_embeddings: PositiveInt
+    """Context of the model before the extension."""
     beta_fast: PositiveFloat = 32.0
+    """Frequencies that turn more often than this within the original context are kept."""
     beta_slow: PositiveFloat = 1.0
+    """Frequencies that turn less often than this are interpolated in full."""
     attention_factor: PositiveFloat | None = None
     """Multiplier of cos and sin; 0.1 ln(factor) + 1 when not set."""
 
@@ -205,7 +219,7 @@ class DataConfig(Section):
     """One prefix, or weights and prefixes in turn: 0.3 a 0.7 b."""
     split: Annotated[str, Field(pattern=r"^[\d.]+(\s*,\s*[\d.]+){0,2}$")] = "969,30,1"
     """Shares of the documents for training, validation and test."""
-    eval_data_path: dict[str, tuple[str, ...]] = {}
+    eval_data_path: dict[str, tuple[str, ...]] = Field(default={})
     """Named validation sets (name=prefix, or a blend); by default the validation share of data_path."""
     tokenizer: str | None = None
     """Tokenizer directory (tokenizer.json); needed unless model.vocab_size and data.eod_id are given."""
@@ -229,13 +243,13 @@ class TrainingConfig(Section):
     """Shape of the learning rate after the warmup."""
     lr_decay_iters: PositiveInt | None = None
     """Step at which min_lr is reached; by default train_iters."""
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end of the decay."""
     lr_warmup_iters: NonNegativeInt | None = None
     """Steps of linear warmup; not together with lr_warmup_fraction."""
     lr_warmup_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
     """Warmup as a share of lr_decay_iters."""
-    lr_warmup_init: Annotated[float, Field(ge=0)] = 0.0
+    lr_warmup_init: NonNegativeFloat = 0.0
     """Learning rate at the first step of the warmup."""
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
     """Shape of WSD's final decay."""
@@ -245,7 +259,7 @@ class TrainingConfig(Section):
     """Steps between evaluations; null evaluates only at the end."""
     eval_iters: PositiveInt | None = 100
     """Global batches per evaluation and set; null takes the whole set."""
-    seed: NonNegativeInt = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
     """Seed of the initialisation, the sample order and dropout."""
     exit_interval: PositiveInt | None = None
     """Save and stop when the step is a multiple of this."""

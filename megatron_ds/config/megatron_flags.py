@@ -1,0 +1,133 @@
+"""Megatron's command line, as far as it differs from the schema: tables only.
+
+Every leaf of ``megatron_ds`` already is a flag of Megatron's spelling (``flags.py``). What is left are flags that write
+DeepSpeed's keys, other names for one setting, flags for what is always so here, and flags that are refused. From these
+tables come the parser, ``--help``, did-you-mean and docs/from_megatron.md.
+"""
+
+from typing import Any
+
+ALIASES: dict[str, str] = {
+    "--micro-batch-size": "train_micro_batch_size_per_gpu",
+    "--global-batch-size": "train_batch_size",
+    "--gradient-accumulation-steps": "gradient_accumulation_steps",
+    "--lr": "optimizer.params.lr",
+    "--weight-decay": "optimizer.params.weight_decay",
+    "--adam-beta1": "optimizer.params.betas.0",
+    "--adam-beta2": "optimizer.params.betas.1",
+    "--adam-eps": "optimizer.params.eps",
+    "--clip-grad": "gradient_clipping",
+    "--bf16": "bf16.enabled",
+    "--fp16": "fp16.enabled",
+    "--loss-scale": "fp16.loss_scale",
+    "--loss-scale-window": "fp16.loss_scale_window",
+    "--min-loss-scale": "fp16.min_loss_scale",
+    "--hysteresis": "fp16.hysteresis",
+    "--zero-stage": "zero_optimization.stage",
+    "--zero-reduce-bucket-size": "zero_optimization.reduce_bucket_size",
+    "--zero-allgather-bucket-size": "zero_optimization.allgather_bucket_size",
+    "--wandb": "wandb.enabled",
+    "--wandb-project": "wandb.project",
+    "--wandb-entity": "wandb.team",
+    "--wandb-group": "wandb.group",
+    "--wandb-exp-name": "monitor.run_name",
+    "--tensorboard-dir": "tensorboard.output_path",
+    "--num-key-value-heads": "model.num_query_groups",
+    "--layernorm-epsilon": "model.norm_epsilon",
+    "--tokenizer-model": "data.tokenizer",
+}
+"""Flags for DeepSpeed's keys, and second names: flag to path. A number in a path is an element of a list."""
+
+IMPLIED: dict[str, tuple[str, Any]] = {
+    "--wandb-project": ("wandb.enabled", True),
+    "--tensorboard-dir": ("tensorboard.enabled", True),
+}
+"""What a flag switches on besides its own value, unless another flag says otherwise."""
+
+SHORTHANDS: dict[str, tuple[str, Any]] = {
+    "--use-distributed-optimizer": ("zero_optimization.stage", 1),
+    "--no-pipeline-parallel": ("parallel.pipeline_model_parallel_size", 1),
+}
+"""Flags without a value that stand for a setting."""
+
+ALWAYS: dict[str, tuple[tuple[str, ...], str]] = {
+    "--swiglu": ((), "the feed-forward block is SwiGLU"),
+    "--disable-bias-linear": ((), "no matrix has a bias"),
+    "--group-query-attention": ((), "num_query_groups alone decides"),
+    "--use-rotary-position-embeddings": ((), "positions are rotary"),
+    "--no-position-embedding": ((), "positions are rotary"),
+    "--position-embedding-type": (("rope",), "positions are rotary"),
+    "--rotary-percent": (("1", "1.0"), "all channels of a head are rotated"),
+    "--normalization": (("RMSNorm", "rmsnorm"), "every norm is RMSNorm"),
+    "--optimizer": (("adam", "adamw"), "the optimizer is AdamW"),
+    "--weight-decay-incr-style": (("constant",), "weight decay is constant"),
+    "--tokenizer-type": (("HuggingFaceTokenizer",), "tokenizers are tokenizer.json files"),
+    "--dataloader-type": (("single",), "samples are read once, in an order fixed by the seed"),
+    "--context-parallel-size": (("1",), "v1 has no context parallelism"),
+    "--expert-model-parallel-size": (("1",), "v1 is dense"),
+    "--reset-position-ids": ((), "positions restart at every document"),
+    "--reset-attention-mask": ((), "packed documents never see each other"),
+    "--attention-softmax-in-fp32": ((), "the softmax is computed in fp32"),
+    "--accumulate-allreduce-grads-in-fp32": ((), "bf16 gradients are summed and reduced in fp32"),
+    "--check-for-nan-in-loss-and-grad": ((), "a loss that is not finite ends the run"),
+    "--log-throughput": ((), "the ledger has the throughput of every step"),
+}
+"""What is always so here: the values that are accepted (none for a switch), and the fact."""
+
+_RECOMPUTE = ("Megatron renamed it", "use --recompute-granularity full")
+_STEPS = ("length is counted in optimizer steps", "use --train-iters")
+_STEPS_LR = ("schedules count optimizer steps", "use --lr-decay-iters or --lr-warmup-iters")
+_TOKENIZER = ("a tokenizer is one directory with tokenizer.json", "use --tokenizer DIR")
+_SPLITS = ("training data comes from data_path", "use --data-path, and --eval-data-path NAME=PREFIX for validation")
+_DENSE = ("v1 is dense", "leave it out")
+_SCHEDULE = ("v1 has the 1F1B schedule", "leave it out")
+_WHOLE = ("a checkpoint is always saved and loaded whole", "leave it out")
+_MODEL = ("v1 has SwiGLU without biases", "leave it out")
+_OURS = ("overlap is the engine's business", "leave it out")
+REFUSED_FLAGS: dict[str, tuple[str, str]] = {
+    "--batch-size": ("Megatron renamed it", "use --micro-batch-size"),
+    "--warmup": ("Megatron renamed it", "use --lr-warmup-fraction"),
+    "--model-parallel-size": ("Megatron renamed it", "use --tensor-model-parallel-size"),
+    "--checkpoint-activations": _RECOMPUTE,
+    "--deepspeed-activation-checkpointing": _RECOMPUTE,
+    "--recompute-activations": ("Megatron renamed it", "use --recompute-granularity selective"),
+    "--recompute-method": ("every layer is recomputed alike", "use --recompute-granularity full"),
+    "--recompute-num-layers": ("every layer is recomputed alike", "use --recompute-granularity full"),
+    "--train-samples": _STEPS,
+    "--train-tokens": _STEPS,
+    "--lr-decay-samples": _STEPS_LR,
+    "--lr-decay-tokens": _STEPS_LR,
+    "--lr-warmup-samples": _STEPS_LR,
+    "--lr-warmup-tokens": _STEPS_LR,
+    "--rampup-batch-size": ("the global batch has one size", "use --global-batch-size"),
+    "--initial-loss-scale": ("DeepSpeed takes its logarithm", "use --set fp16.initial_scale_power=16"),
+    "--vocab-file": _TOKENIZER,
+    "--merge-file": _TOKENIZER,
+    "--train-data-path": _SPLITS,
+    "--valid-data-path": _SPLITS,
+    "--test-data-path": _SPLITS,
+    "--window-size": ("a window belongs to a kind of attention", "use --attention hybrid --attention-window N"),
+    "--use-rope-scaling": ("scaling has several kinds", "use --rope-scaling llama3"),
+    "--squared-relu": _MODEL,
+    "--add-qkv-bias": _MODEL,
+    "--multi-latent-attention": ("v1 has grouped-query attention", "leave it out"),
+    "--num-experts": _DENSE,
+    "--moe-router-topk": _DENSE,
+    "--sequence-parallel": ("v1 has no tensor parallelism", "leave it out"),
+    "--num-layers-per-virtual-pipeline-stage": _SCHEDULE,
+    "--num-virtual-stages-per-pipeline-rank": _SCHEDULE,
+    "--enable-zbh1-pipeline": _SCHEDULE,
+    "--overlap-grad-reduce": _OURS,
+    "--overlap-param-gather": _OURS,
+    "--distributed-backend": ("it follows from the accelerator", "leave it out"),
+    "--use-flash-attn": ("PyTorch chooses the attention kernel", "leave it out"),
+    "--num-workers": ("the sample order does not depend on workers", "leave it out"),
+    "--mock-data": ("a corpus is built in a minute", "run megatron-ds prepare-data"),
+    "--no-save-optim": _WHOLE,
+    "--no-save-rng": _WHOLE,
+    "--no-load-optim": _WHOLE,
+    "--no-load-rng": _WHOLE,
+    "--use-checkpoint-args": ("the configuration file decides", "pass the run's config.json as --deepspeed_config"),
+    "--wandb-save-dir": ("W&B files live in the run directory", "use --run-dir"),
+}
+"""Flags of Megatron-LM and Megatron-DeepSpeed that are refused: the reason, and what to do instead."""

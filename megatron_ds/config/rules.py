@@ -1,0 +1,246 @@
+"""Rules that span several settings: the model's sizes, the parallel axes, ZeRO and precision.
+
+A rule is a small generator: it looks at a configuration and yields the problems it sees, each with the values it read.
+Rules know nothing of one another; a rule whose inputs are already reported as wrong is silenced by ``Findings``. Ranges
+of single values are in the schema; the rules of batch, schedule and data are in ``training_rules.py``.
+"""
+
+from collections.abc import Callable, Iterator
+
+from megatron_ds.config.problems import Findings, Problem
+from megatron_ds.config.resolve import data_parallel_size, nearest_multiples
+from megatron_ds.config.schema import HybridAttention, Llama3Rope, RunConfig, YarnRope
+from megatron_ds.config.training_rules import TRAINING_RULES, TRAINING_WORLD_RULES, problem
+
+Rule = Callable[[RunConfig], Iterator[Problem]]
+WorldRule = Callable[[RunConfig, int], Iterator[Problem]]
+
+
+def _divisors(value: int) -> list[int]:
+    return [d for d in range(1, value + 1) if value % d == 0]
+
+
+def _either(options: list[int]) -> str:
+    """Numbers in words: "1, 2 or 4"; a long list keeps its first and last few."""
+    shown = [str(option) for option in options]
+    if len(shown) > 8:
+        shown = [*shown[:4], "...", *shown[-3:]]
+    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + f" or {shown[-1]}"
+
+
+# --- model ----------------------------------------------------------------------------------------------------------
+
+
+def heads_divide_the_width(config: RunConfig) -> Iterator[Problem]:
+    model = config.megatron_ds.model
+    heads = model.num_attention_heads
+    if model.kv_channels is None and model.hidden_size % heads:
+        # Twice the heads, since the width of a head must also be even.
+        fix = f"set it to {nearest_multiples(model.hidden_size, 2 * heads)}, or give model.kv_channels"
+        rule = f"must be a multiple of num_attention_heads {heads} when kv_channels is not given"
+        yield problem(config, "model.hidden_size", rule, fix, "model.num_attention_heads", "model.kv_channels")
+
+
+def groups_divide_the_heads(config: RunConfig) -> Iterator[Problem]:
+    model = config.megatron_ds.model
+    heads = model.num_attention_heads
+    if heads % model.num_kv_heads:
+        rule = f"must divide num_attention_heads {heads}"
+        fix = f"choose {_either(_divisors(heads))}"
+        yield problem(config, "model.num_query_groups", rule, fix, "model.num_attention_heads")
+
+
+def rotary_needs_an_even_head(config: RunConfig) -> Iterator[Problem]:
+    model = config.megatron_ds.model
+    if model.head_dim % 2 == 0:
+        return
+    rule = f"the head width {model.head_dim} must be even, since rotary embedding turns pairs of channels"
+    if model.kv_channels is not None:
+        fix = f"set it to {model.kv_channels + 1}"
+        yield problem(config, "model.kv_channels", rule, fix)
+    else:
+        fix = f"give model.kv_channels {model.head_dim + 1}, or another number of heads"
+        yield problem(config, "model.hidden_size", rule, fix, "model.num_attention_heads", "model.kv_channels")
+
+
+def samples_fit_the_positions(config: RunConfig) -> Iterator[Problem]:
+    model = config.megatron_ds.model
+    if model.seq_length > model.max_positions:
+        rule = f"must hold a sample of seq_length {model.seq_length}"
+        fix = f"set it to {model.seq_length} or more"
+        yield problem(config, "model.max_position_embeddings", rule, fix, "model.seq_length")
+
+
+def extension_starts_below_its_end(config: RunConfig) -> Iterator[Problem]:
+    model = config.megatron_ds.model
+    scaling = model.rope_scaling
+    if not isinstance(scaling, Llama3Rope | YarnRope):
+        return
+    where = "model.rope_scaling.original_max_position_embeddings"
+    if scaling.original_max_position_embeddings > model.max_positions:
+        rule = f"must not exceed the extended context of {model.max_positions} positions"
+        fix = f"set it to {model.max_positions} or less, or raise model.max_position_embeddings"
+        yield problem(config, where, rule, fix, "model.max_position_embeddings", "model.seq_length")
+
+
+def frequencies_are_ordered(config: RunConfig) -> Iterator[Problem]:
+    scaling = config.megatron_ds.model.rope_scaling
+    section = "model.rope_scaling"
+    if isinstance(scaling, YarnRope) and scaling.beta_fast <= scaling.beta_slow:
+        rule, fix = f"must be above beta_slow {scaling.beta_slow:g}", "the defaults are 32 and 1"
+        yield problem(config, f"{section}.beta_fast", rule, fix, f"{section}.beta_slow")
+    if isinstance(scaling, Llama3Rope) and scaling.high_freq_factor <= scaling.low_freq_factor:
+        rule, fix = f"must be above low_freq_factor {scaling.low_freq_factor:g}", "the defaults are 4 and 1"
+        yield problem(config, f"{section}.high_freq_factor", rule, fix, f"{section}.low_freq_factor")
+
+
+def windows_grow(config: RunConfig) -> Iterator[Problem]:
+    attention = config.megatron_ds.model.attention
+    if not isinstance(attention, HybridAttention) or attention.window_growth is None:
+        return
+    if attention.window_growth.start > attention.window:
+        rule = f"must not exceed the final window {attention.window}"
+        fix = f"set it to {attention.window} or less"
+        yield problem(config, "model.attention.window_growth.start", rule, fix, "model.attention.window")
+
+
+# --- parallel axes and ZeRO -----------------------------------------------------------------------------------------
+
+
+def v1_has_whole_matrices(config: RunConfig) -> Iterator[Problem]:
+    if config.megatron_ds.parallel.tensor_model_parallel_size > 1:
+        rule, fix = "generation v1 has no tensor parallelism", "set it to 1 (ZeRO and pipelines save memory too)"
+        yield problem(config, "parallel.tensor_model_parallel_size", rule, fix)
+
+
+def every_stage_has_a_layer(config: RunConfig) -> Iterator[Problem]:
+    layers, stages = config.megatron_ds.model.num_layers, config.megatron_ds.parallel.pipeline_model_parallel_size
+    if layers < stages:
+        rule = f"needs a decoder layer on every stage, but model.num_layers is {layers}"
+        fix = f"use at most {layers} stages"
+        yield problem(config, "parallel.pipeline_model_parallel_size", rule, fix, "model.num_layers")
+
+
+def pipelines_shard_optimizer_states_only(config: RunConfig) -> Iterator[Problem]:
+    stages = config.megatron_ds.parallel.pipeline_model_parallel_size
+    zero = config.zero_optimization
+    if stages == 1:
+        return
+    reads = "parallel.pipeline_model_parallel_size"
+    if zero.stage >= 2:
+        rule = f"a pipeline ({stages} stages) keeps whole gradients until its last micro-batch, so it allows 0 or 1"
+        yield problem(config, "zero_optimization.stage", rule, "set it to 1", reads)
+    for name in zero.offloaded:
+        rule = f"offloading does not work in a pipeline ({stages} stages) of DeepSpeed"
+        yield problem(config, f"zero_optimization.{name}.device", rule, 'set it to "none"', reads)
+
+
+def offloaded_states_are_sharded(config: RunConfig) -> Iterator[Problem]:
+    zero = config.zero_optimization
+    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        if name in zero.offloaded and zero.stage < least:
+            rule = f"needs ZeRO stage {least} or more, and zero_optimization.stage is {zero.stage}"
+            fix = f'set the stage to {least}, or this to "none"'
+            yield problem(config, f"zero_optimization.{name}.device", rule, fix, "zero_optimization.stage")
+
+
+def scatter_divides_once(config: RunConfig) -> Iterator[Problem]:
+    zero = config.zero_optimization
+    if zero.stage < 2 or (zero.model_extra or {}).get("reduce_scatter") is False:
+        return
+    rule = f"cannot be combined with the reduce-scatter of ZeRO stage {zero.stage}"
+    reads = ("zero_optimization.stage", "zero_optimization.reduce_scatter")
+    if config.prescale_gradients:
+        yield problem(config, "prescale_gradients", rule, "set it to false", *reads)
+    if config.gradient_predivide_factor != 1.0:
+        yield problem(config, "gradient_predivide_factor", rule, "set it to 1.0", *reads)
+
+
+# --- precision ------------------------------------------------------------------------------------------------------
+
+
+def there_is_one_precision(config: RunConfig) -> Iterator[Problem]:
+    if config.bf16.enabled and config.fp16.enabled:
+        rule = "bf16 is enabled too, and a run has one precision"
+        yield problem(config, "fp16.enabled", rule, "set one of bf16.enabled and fp16.enabled to false", "bf16.enabled")
+
+
+def half_precision_has_master_weights(config: RunConfig) -> Iterator[Problem]:
+    name = config.dtype_name
+    if name != "fp32" and config.zero_optimization.stage == 0:
+        rule = f"{name} needs the fp32 master weights that ZeRO keeps from stage 1 on"
+        yield problem(config, "zero_optimization.stage", rule, "set it to 1", f"{name}.enabled", "fp16.enabled")
+
+
+def gradients_travel_in_a_type_that_holds_them(config: RunConfig) -> Iterator[Problem]:
+    allowed = {"fp32", config.dtype_name}
+    if config.communication_data_type not in (None, *allowed):
+        rule = f"must be {' or '.join(sorted(allowed))}, the types that hold the gradients of this run"
+        fix = "set it to fp32 or leave it out"
+        yield problem(config, "communication_data_type", rule, fix, "bf16.enabled", "fp16.enabled")
+
+
+# --- the number of ranks --------------------------------------------------------------------------------------------
+
+
+def axes_divide_the_world(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    if data_parallel_size(config, world_size) is not None:
+        return
+    parallel = config.megatron_ds.parallel
+    tensor = parallel.tensor_model_parallel_size
+    used = tensor * parallel.pipeline_model_parallel_size
+    rule = f"one copy of the model takes {used} ranks, which must divide the world of {world_size}"
+    stages = [d for d in _divisors(world_size) if world_size % (d * tensor) == 0]
+    smaller = f", or set it to {_either(stages)}" if stages else ""
+    fix = f"launch {nearest_multiples(world_size, used)} ranks{smaller}"
+    reads = "parallel.tensor_model_parallel_size"
+    yield problem(config, "parallel.pipeline_model_parallel_size", rule, fix, reads)
+
+
+def secondary_shards_divide_the_data_axis(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    zero = config.zero_optimization
+    size = (zero.model_extra or {}).get("zero_hpz_partition_size", 1)
+    ranks = data_parallel_size(config, world_size)
+    where = "zero_optimization.zero_hpz_partition_size"
+    if size > 1 and zero.stage != 3:
+        fix = "set the stage to 3, or this to 1"
+        yield problem(config, where, "needs ZeRO stage 3", fix, "zero_optimization.stage")
+    elif size > 1 and ranks is not None and ranks % size:
+        rule = f"must divide the {ranks} data-parallel ranks"
+        reads = ("parallel.pipeline_model_parallel_size", "parallel.tensor_model_parallel_size")
+        yield problem(config, where, rule, f"choose {_either(_divisors(ranks))}", *reads)
+
+
+RULES: tuple[Rule, ...] = (
+    heads_divide_the_width,
+    groups_divide_the_heads,
+    rotary_needs_an_even_head,
+    samples_fit_the_positions,
+    extension_starts_below_its_end,
+    frequencies_are_ordered,
+    windows_grow,
+    v1_has_whole_matrices,
+    every_stage_has_a_layer,
+    pipelines_shard_optimizer_states_only,
+    offloaded_states_are_sharded,
+    scatter_divides_once,
+    there_is_one_precision,
+    half_precision_has_master_weights,
+    gradients_travel_in_a_type_that_holds_them,
+    *TRAINING_RULES,
+)
+WORLD_RULES: tuple[WorldRule, ...] = (
+    axes_divide_the_world,
+    secondary_shards_divide_the_data_axis,
+    *TRAINING_WORLD_RULES,
+)
+
+
+def find_broken(config: RunConfig, world_size: int, findings: Findings) -> None:
+    """Run all rules; what they find is added to ``findings``, except where it follows from what is there already."""
+    for rule in RULES:
+        for found in rule(config):
+            findings.add(found)
+    for rule in WORLD_RULES:
+        for found in rule(config, world_size):
+            findings.add(found)

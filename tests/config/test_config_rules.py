@@ -1,0 +1,400 @@
+"""Every rule with an example that breaks it and one that just does not."""
+
+import json
+
+import pytest
+
+from megatron_ds.config.check import check
+from megatron_ds.config.problems import Findings
+from megatron_ds.config.rules import RULES, WORLD_RULES, find_broken
+from megatron_ds.config.tree import full_path, write
+
+DATA = {"data.data_path": ["data/corpus"], "data.tokenizer": "data/tokenizer"}
+YARN = {"model.rope_scaling": {"kind": "yarn", "factor": 4, "original_max_position_embeddings": 512}}
+LLAMA = {"model.rope_scaling": {"kind": "llama3", "original_max_position_embeddings": 1024}}
+OFFLOAD = {"zero_optimization.offload_optimizer.device": "cpu"}
+EVAL = "data.eval_data_path"
+
+
+def build(settings: dict, findings: Findings):
+    """The configuration with the given settings, short paths as in --set."""
+    tree: dict = {}
+    for path, value in {**DATA, **settings}.items():
+        write(tree, full_path(tuple(path.split("."))), json.loads(json.dumps(value)))
+    return check(tree, findings)
+
+
+def broken(settings: dict, world_size: int = 1) -> list[tuple[str, str, str]]:
+    """(path, rule, fix) of all problems."""
+    findings = Findings()
+    config = build(settings, findings)
+    assert not findings.problems, findings.problems
+    find_broken(config, world_size, findings)
+    return [(".".join(p.path).removeprefix("megatron_ds."), p.rule, p.fix) for p in findings.problems]
+
+
+# rule: (breaks it, place, part of the fix, does not break it, number of ranks)
+CASES = {
+    "heads_divide_the_width": [
+        ({"model.hidden_size": 770}, "model.hidden_size", "768 or 792", {"model.hidden_size": 792}, 1),
+        (
+            {"model.hidden_size": 6},
+            "model.hidden_size",
+            "set it to 24",
+            {"model.hidden_size": 6, "model.kv_channels": 4},
+            1,
+        ),
+    ],
+    "groups_divide_the_heads": [
+        (
+            {"model.num_query_groups": 5},
+            "model.num_query_groups",
+            "1, 2, 3, 4, 6 or 12",
+            {"model.num_query_groups": 4},
+            1,
+        ),
+        ({"model.num_query_groups": 24}, "model.num_query_groups", "or 12", {"model.num_query_groups": 12}, 1),
+    ],
+    "rotary_needs_an_even_head": [
+        ({"model.kv_channels": 33}, "model.kv_channels", "34", {"model.kv_channels": 34}, 1),
+        (
+            {"model.hidden_size": 84},
+            "model.hidden_size",
+            "kv_channels 8",
+            {"model.hidden_size": 84, "model.kv_channels": 8},
+            1,
+        ),
+    ],
+    "samples_fit_the_positions": [
+        (
+            {"model.max_position_embeddings": 2047},
+            "model.max_position_embeddings",
+            "2048 or more",
+            {"model.max_position_embeddings": 2048},
+            1,
+        )
+    ],
+    "extension_starts_below_its_end": [
+        (
+            {**YARN, "model.seq_length": 511},
+            "model.rope_scaling.original_max_position_embeddings",
+            "511 or less",
+            {**YARN, "model.seq_length": 512},
+            1,
+        ),
+        (
+            {**LLAMA, "model.seq_length": 512},
+            "model.rope_scaling.original_max_position_embeddings",
+            "raise model.max_position_embeddings",
+            {**LLAMA, "model.seq_length": 512, "model.max_position_embeddings": 1024},
+            1,
+        ),
+    ],
+    "frequencies_are_ordered": [
+        (
+            {"model.rope_scaling": {**YARN["model.rope_scaling"], "beta_fast": 1}},
+            "model.rope_scaling.beta_fast",
+            "32 and 1",
+            {"model.rope_scaling": {**YARN["model.rope_scaling"], "beta_fast": 2}},
+            1,
+        ),
+        (
+            {"model.rope_scaling": {**LLAMA["model.rope_scaling"], "high_freq_factor": 1}},
+            "model.rope_scaling.high_freq_factor",
+            "4 and 1",
+            LLAMA,
+            1,
+        ),
+    ],
+    "windows_grow": [
+        (
+            {"model.attention.window_growth": {"start": 257, "iters": 10}},
+            "model.attention.window_growth.start",
+            "256 or less",
+            {"model.attention.window_growth": {"start": 256, "iters": 10}},
+            1,
+        )
+    ],
+    "v1_has_whole_matrices": [
+        (
+            {"parallel.tensor_model_parallel_size": 2},
+            "parallel.tensor_model_parallel_size",
+            "set it to 1",
+            {"parallel.tensor_model_parallel_size": 1},
+            2,
+        )
+    ],
+    "every_stage_has_a_layer": [
+        (
+            {"parallel.pipeline_model_parallel_size": 4, "model.num_layers": 3},
+            "parallel.pipeline_model_parallel_size",
+            "at most 3",
+            {"parallel.pipeline_model_parallel_size": 4, "model.num_layers": 4},
+            4,
+        )
+    ],
+    "pipelines_shard_optimizer_states_only": [
+        (
+            {"parallel.pipeline_model_parallel_size": 2, "zero_optimization.stage": stage},
+            "zero_optimization.stage",
+            "set it to 1",
+            {"parallel.pipeline_model_parallel_size": 2, "zero_optimization.stage": 1},
+            2,
+        )
+        for stage in (2, 3)
+    ]
+    + [
+        (
+            {"parallel.pipeline_model_parallel_size": 2, **OFFLOAD},
+            "zero_optimization.offload_optimizer.device",
+            '"none"',
+            OFFLOAD,
+            2,
+        )
+    ],
+    "offloaded_states_are_sharded": [
+        (
+            {"zero_optimization.stage": 0, **OFFLOAD},
+            "zero_optimization.offload_optimizer.device",
+            "stage to 1",
+            {"zero_optimization.stage": 2, **OFFLOAD},
+            1,
+        ),
+        (
+            {"zero_optimization.stage": 2, "zero_optimization.offload_param.device": "cpu"},
+            "zero_optimization.offload_param.device",
+            "stage to 3",
+            {"zero_optimization.stage": 3, "zero_optimization.offload_param.device": "cpu"},
+            1,
+        ),
+    ],
+    "scatter_divides_once": [
+        (
+            {"prescale_gradients": True, "zero_optimization.stage": 2},
+            "prescale_gradients",
+            "false",
+            {"prescale_gradients": True, "zero_optimization.stage": 1},
+            1,
+        ),
+        (
+            {"gradient_predivide_factor": 2.0, "zero_optimization.stage": 3},
+            "gradient_predivide_factor",
+            "1.0",
+            {"gradient_predivide_factor": 2.0, "zero_optimization": {"stage": 3, "reduce_scatter": False}},
+            1,
+        ),
+    ],
+    "there_is_one_precision": [
+        ({"bf16.enabled": True, "fp16.enabled": True}, "fp16.enabled", "to false", {"bf16.enabled": True}, 1)
+    ],
+    "half_precision_has_master_weights": [
+        (
+            {"bf16.enabled": True, "zero_optimization.stage": 0},
+            "zero_optimization.stage",
+            "set it to 1",
+            {"zero_optimization.stage": 0},
+            1,
+        ),
+        (
+            {"fp16.enabled": True, "zero_optimization.stage": 0},
+            "zero_optimization.stage",
+            "set it to 1",
+            {"fp16.enabled": True},
+            1,
+        ),
+    ],
+    "gradients_travel_in_a_type_that_holds_them": [
+        (
+            {"bf16.enabled": True, "communication_data_type": "fp16"},
+            "communication_data_type",
+            "fp32",
+            {"bf16.enabled": True, "communication_data_type": "bf16"},
+            1,
+        ),
+        (
+            {"communication_data_type": "bf16"},
+            "communication_data_type",
+            "fp32",
+            {"communication_data_type": "fp32"},
+            1,
+        ),
+    ],
+    "axes_divide_the_world": [
+        (
+            {"parallel.pipeline_model_parallel_size": 4},
+            "parallel.pipeline_model_parallel_size",
+            "launch 4 or 8 ranks, or set it to 1, 2, 3 or 6",
+            {"parallel.pipeline_model_parallel_size": 3},
+            6,
+        )
+    ],
+    "secondary_shards_divide_the_data_axis": [
+        (
+            {"zero_optimization.zero_hpz_partition_size": 2},
+            "zero_optimization.zero_hpz_partition_size",
+            "stage to 3",
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+            4,
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}},
+            "zero_optimization.zero_hpz_partition_size",
+            "1, 2 or 4",
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}},
+            4,
+        ),
+    ],
+    "batch_sizes_fit": [
+        (
+            {"train_batch_size": 9, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2},
+            "train_batch_size",
+            "set it to 8",
+            {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2},
+            2,
+        ),
+        (
+            {"train_batch_size": 10, "train_micro_batch_size_per_gpu": 2},
+            "train_batch_size",
+            "set it to 8 or 12",
+            {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 2},
+            2,
+        ),
+        (
+            {"train_batch_size": 3, "gradient_accumulation_steps": 2},
+            "train_batch_size",
+            "set it to 4",
+            {"train_batch_size": 4, "gradient_accumulation_steps": 2},
+            2,
+        ),
+        ({"train_batch_size": 3}, "train_batch_size", "set it to 2 or 4", {"train_batch_size": 4}, 2),
+    ],
+    "learning_rates_fall": [
+        (
+            {"training.min_lr": 0.1, "optimizer.params.lr": 0.01},
+            "training.min_lr",
+            "0.01 or less",
+            {"training.min_lr": 0.01, "optimizer.params.lr": 0.01},
+            1,
+        ),
+        (
+            {"training.lr_warmup_init": 1e-3, "train_batch_size": 256},
+            "training.lr_warmup_init",
+            "0.0005 or less",
+            {"training.lr_warmup_init": 1e-3, "train_batch_size": 512},
+            1,
+        ),
+    ],
+    "warmup_is_given_once": [
+        (
+            {"training.lr_warmup_iters": 0, "training.lr_warmup_fraction": 0.1},
+            "training.lr_warmup_fraction",
+            "null",
+            {"training.lr_warmup_fraction": 0.1},
+            1,
+        )
+    ],
+    "phases_fit_the_schedule": [
+        ({"training.lr_warmup_iters": 1000}, "training.lr_warmup_iters", "999", {"training.lr_warmup_iters": 999}, 1),
+        (
+            {"training.lr_warmup_fraction": 1.0},
+            "training.lr_warmup_fraction",
+            "0.99 or less",
+            {"training.lr_warmup_fraction": 1.0, "training.lr_decay_style": "constant"},
+            1,
+        ),
+        (
+            {"training.lr_decay_style": "WSD", "training.lr_wsd_decay_iters": 901, "training.lr_warmup_iters": 100},
+            "training.lr_wsd_decay_iters",
+            "900 or less",
+            {"training.lr_decay_style": "WSD", "training.lr_wsd_decay_iters": 900, "training.lr_warmup_iters": 100},
+            1,
+        ),
+        (
+            {"training.lr_decay_style": "WSD", "training.lr_warmup_iters": 901},
+            "training.lr_warmup_iters",
+            "900 or less",
+            {"training.lr_decay_style": "linear", "training.lr_warmup_iters": 901},
+            1,
+        ),
+    ],
+    "vocabulary_is_known": [
+        (
+            {"data.tokenizer": None, "model.vocab_size": 100},
+            "data.tokenizer",
+            "both",
+            {"data.tokenizer": None, "model.vocab_size": 100, "data.eod_id": 0},
+            1,
+        ),
+        (
+            {"model.vocab_size": 100, "data.eod_id": 100},
+            "data.eod_id",
+            "0 to 99",
+            {"model.vocab_size": 100, "data.eod_id": 99},
+            1,
+        ),
+    ],
+    "there_is_data": [
+        (
+            {"data.data_path": [], EVAL: {"a": ["x"]}},
+            "data.data_path",
+            "prepare-data",
+            {"data.data_path": [], EVAL: {"a": ["x"]}, "training.skip_train": True},
+            1,
+        )
+    ],
+    "blends_are_weights_and_prefixes": [
+        ({"data.data_path": path}, "data.data_path", "0.3 a 0.7 b", {"data.data_path": good}, 1)
+        for path, good in (
+            (["0.3", "a", "0.7"], ["0.3", "a", "0.7", "b"]),
+            (["0.3", "a", "b", "c"], ["a", "b", "c"]),
+            (["0", "a"], ["1", "a"]),
+            (["0.5", "a", "inf", "b"], ["0.5", "a", "5", "b"]),
+            ([""], ["a"]),
+            (["a", "0.5"], ["a", "./0.5"]),
+        )
+    ]
+    + [({EVAL: {"a": []}}, f"{EVAL}.a", "0.3 a 0.7 b", {EVAL: {"a": ["0.5", "x", "1", "y"]}}, 1)],
+    "evaluation_sets_have_plain_names": [
+        ({EVAL: {"a b": ["x"]}}, f"{EVAL}.a b", "rename", {EVAL: {"a-b_1": ["x"]}}, 1)
+    ],
+    "split_leaves_training_data": [
+        ({"data.split": "0,1,0"}, "data.split", "first share", {"data.split": "0,1,0", "training.skip_train": True}, 1),
+        ({"data.split": "0,0,0"}, "data.split", "969,30,1", {"data.split": "1"}, 1),
+        ({"data.split": "1.2.3"}, "data.split", "969,30,1", {"data.split": "98, 2"}, 1),
+    ],
+}
+ROWS = [(name, *case) for name, cases in CASES.items() for case in cases]
+
+
+def test_every_rule_has_its_examples():
+    assert set(CASES) == {rule.__name__ for rule in (*RULES, *WORLD_RULES)}
+
+
+@pytest.mark.parametrize(("name", "bad", "place", "fix", "good", "ranks"), ROWS, ids=[row[0] for row in ROWS])
+def test_the_rule_speaks_for_the_bad_example_alone(name, bad, place, fix, good, ranks):
+    (found,) = broken(bad, ranks)
+    assert found[0] == place
+    assert fix in found[2]
+    assert broken(good, ranks) == []
+
+
+@pytest.mark.parametrize(("name", "bad", "place", "fix", "good", "ranks"), ROWS, ids=[row[0] for row in ROWS])
+def test_it_is_that_rule(name, bad, place, fix, good, ranks):
+    config = build(bad, Findings())
+    speaks = [rule.__name__ for rule in RULES if list(rule(config))]
+    speaks += [rule.__name__ for rule in WORLD_RULES if list(rule(config, ranks))]
+    assert name in speaks
+
+
+def test_a_rule_is_silent_about_values_that_are_known_to_be_wrong():
+    findings = Findings()
+    config = build({"model.num_query_groups": 5}, findings)
+    findings.spoiled.append(("megatron_ds", "model", "num_attention_heads"))
+    find_broken(config, 1, findings)
+    assert findings.problems == []
+    findings.spoiled[:] = [("megatron_ds", "model")]
+    find_broken(config, 1, findings)
+    assert findings.problems == []
+    findings.spoiled[:] = [("megatron_ds", "model", "num_layers")]
+    find_broken(config, 1, findings)
+    assert [problem.path[-1] for problem in findings.problems] == ["num_query_groups"]
