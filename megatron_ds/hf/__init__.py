@@ -1,0 +1,1 @@
+"""Hugging Face: which model families can hold a model (targets/), writing and proving an export (export.py)."""

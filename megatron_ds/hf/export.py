@@ -1,0 +1,146 @@
+"""A checkpoint becomes a Hugging Face directory.
+
+The target says how (names and config.json), the writer streams the weights, and everything else is small files. All of
+it is written beside the output under a hidden name, proved there if asked, forced to the disk and renamed: the output
+either does not exist or is whole. Training state is not exported; ``verify.py`` does the proving.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+from megatron_ds.checkpoint.manifest import list_names, sync_directory
+from megatron_ds.checkpoint.reader import Checkpoint
+from megatron_ds.config.schema import ModelConfig, RunConfig
+from megatron_ds.errors import ConfigError
+from megatron_ds.hf.decoder import check_parameters, read_config
+from megatron_ds.hf.model_card import model_card
+from megatron_ds.hf.options import FORMATS, ExportOptions
+from megatron_ds.hf.targets import choose_target
+from megatron_ds.hf.targets.common import SpecialIds, Target, hugging_face_name
+from megatron_ds.hf.tokenizer_files import TokenizerFiles
+from megatron_ds.hf.verify import verify
+from megatron_ds.hf.writer import Entry, write_json, write_weights
+
+
+def export(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> Target:
+    """Write ``output`` and return the target that it was written for.
+
+    Raises ConfigError when no target (or not the requested one) can express the model, when the output exists or the
+    tokenizer does not fit; CheckpointError when the weights are not the model's or a check of ``--verify`` fails.
+    Either way nothing is left behind, and an output that was to be replaced is still there.
+    """
+    run = read_config(checkpoint)
+    model = run.megatron_ds.model
+    target = choose_target(model, options.target)
+    precision = options.precision or run.dtype_name
+    tokenizer = find_tokenizer(checkpoint, run, options.tokenizer)
+    entries = plan_entries(checkpoint, model)
+    with committed(output, options.force) as directory:
+        write_weights(directory, entries, checkpoint.read, precision, options.max_shard_size)
+        ids = tokenizer.special_ids() if tokenizer else plain_ids(run)
+        _write_configs(directory, target, model, ids, precision)
+        if tokenizer:
+            tokenizer.write(directory, model.max_positions)
+        for name in target.code_files:
+            (directory / name).write_bytes(files("megatron_ds.hf.remote_code").joinpath(name).read_bytes())
+        num_parameters = sum(entry.numel for entry in entries)
+        card = model_card(output.name, checkpoint, model, target, num_parameters, precision, options.command)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+        if options.verify:
+            verify(directory, checkpoint, tokenizer, precision)
+    return target
+
+
+def find_tokenizer(checkpoint: Checkpoint, run: RunConfig, override: Path | None) -> TokenizerFiles | None:
+    """The tokenizer to export: the override, else the copy in the checkpoint, else the run's; None if it had none.
+
+    Raises DataError when the chosen directory holds no tokenizer, ConfigError when it does not fit the model.
+    """
+    data = run.megatron_ds.data
+    copy = checkpoint.path / "tokenizer"
+    directory = override or (copy if copy.is_dir() else data.tokenizer and Path(data.tokenizer))
+    if not directory:
+        return None
+    return TokenizerFiles(Path(directory), run.megatron_ds.model.vocab_size, data.eod_id)
+
+
+def plain_ids(run: RunConfig) -> SpecialIds:
+    """Special ids of a run without a tokenizer: its end-of-document id begins and ends a text."""
+    eod_id = run.megatron_ds.data.eod_id
+    assert eod_id is not None, "a run has a tokenizer or data.eod_id"
+    return SpecialIds(bos=eod_id, eos=eod_id, pad=None)
+
+
+def plan_entries(checkpoint: Checkpoint, model: ModelConfig) -> list[Entry]:
+    """Every tensor of the export, layer by layer, without the vocabulary's padding."""
+    entries = []
+    for name, shape in check_parameters(checkpoint, model).items():
+        if name in ("embedding.weight", "output.weight"):
+            shape = (model.vocab_size, *shape[1:])
+        entries.append(Entry(hugging_face_name(name), name, shape))
+    return entries
+
+
+@contextmanager
+def committed(output: Path, force: bool) -> Iterator[Path]:
+    """A directory to write into, hidden beside ``output``; takes its place when the block ends well, else is removed.
+
+    Raises ConfigError before the block when the output exists and may not be replaced: without ``force``, or because
+    it is not a Hugging Face directory; also when the disk refuses.
+    """
+    output = output.absolute()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if not force:
+            raise ConfigError(f"--output {output}: exists; choose another directory, or replace it with --force")
+        if not is_hugging_face_directory(output):
+            raise ConfigError(f"--output {output}: is not a Hugging Face directory, so --force does not replace it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as hidden:
+            directory = Path(hidden) / "export"
+            directory.mkdir()
+            yield directory
+            for name in list_names(directory):
+                with (directory / name).open("rb") as file:
+                    os.fsync(file.fileno())
+            sync_directory(directory)
+            _take_place(directory, output, aside=Path(hidden) / "replaced")
+    except OSError as error:
+        raise ConfigError(f"--output {output}: {error}; nothing was changed") from error
+
+
+def is_hugging_face_directory(directory: Path) -> bool:
+    """Whether ``directory`` has a config.json that names a model_type."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
+
+
+def _take_place(directory: Path, output: Path, aside: Path) -> None:
+    """Rename ``directory`` to ``output``; what stood there goes to ``aside``, or comes back if the renaming fails."""
+    if output.exists():
+        output.rename(aside)
+    try:
+        directory.rename(output)
+    except OSError:
+        if aside.exists():
+            aside.rename(output)
+        raise
+    sync_directory(output.parent)
+
+
+def _write_configs(directory: Path, target: Target, model: ModelConfig, ids: SpecialIds, precision: str) -> None:
+    """config.json and generation_config.json."""
+    versions = {"transformers_version": version("transformers")}
+    write_json(directory / "config.json", target.config(model, ids, FORMATS[precision].name) | versions)
+    special = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
+    named = {name: value for name, value in special.items() if value is not None}
+    write_json(directory / "generation_config.json", named | versions)

@@ -1,0 +1,149 @@
+"""What every dense export target shares: the Llama layout of names and config.json, and the shape of a target.
+
+A target is data: a model_type, the reasons why it cannot express a model (none: it can), and its config.json. The names
+are one table, since all dense families here use Llama's. Stock families also get the keys that transformers 5 renamed
+in their older spelling, so that transformers 4, vLLM and llama.cpp read the same directory.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ds.config.schema import HybridAttention, ModelConfig
+
+NAMES = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+"""Logical name -> Hugging Face name, outside the layers."""
+
+LAYER_NAMES = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.query.weight": "self_attn.q_proj.weight",
+    "attention.key.weight": "self_attn.k_proj.weight",
+    "attention.value.weight": "self_attn.v_proj.weight",
+    "attention.output.weight": "self_attn.o_proj.weight",
+    "attention.query_norm.weight": "self_attn.q_norm.weight",
+    "attention.key_norm.weight": "self_attn.k_norm.weight",
+    "attention.far_gate.weight": "self_attn.far_gate.weight",
+    "attention.far_gate.bias": "self_attn.far_gate.bias",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+    "mlp.gate.weight": "mlp.gate_proj.weight",
+    "mlp.up.weight": "mlp.up_proj.weight",
+    "mlp.down.weight": "mlp.down_proj.weight",
+}
+"""The same inside ``layers.{i}.`` and ``model.layers.{i}.``."""
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Token ids that config.json and generation_config.json carry."""
+
+    bos: int
+    eos: int
+    pad: int | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """One model family that an export can be written for."""
+
+    model_type: str
+    reasons: Callable[[ModelConfig], list[str]]
+    """Why the family cannot express a model, one clause each; empty when it can."""
+    config: Callable[[ModelConfig, SpecialIds, str], dict[str, Any]]
+    """config.json for (model, special ids, dtype name such as "bfloat16")."""
+    engines: str
+    """Which inference engines run it natively, for the model card."""
+    code_files: tuple[str, ...] = ()
+    """Files of remote_code/ that the directory must carry."""
+
+
+def hugging_face_name(name: str) -> str:
+    """Hugging Face name of a logical parameter name; KeyError for a name that no dense model has."""
+    if not name.startswith("layers."):
+        return NAMES[name]
+    _, index, rest = name.split(".", 2)
+    return f"model.layers.{index}.{LAYER_NAMES[rest]}"
+
+
+def layer_types(model: ModelConfig) -> list[str]:
+    """Hugging Face's layer_types: one entry per layer, from the repeated pattern."""
+    if not isinstance(model.attention, HybridAttention):
+        return ["full_attention"] * model.num_layers
+    pattern = model.attention.pattern
+    names = {"L": "sliding_attention", "G": "full_attention"}
+    return [names[pattern[layer % len(pattern)]] for layer in range(model.num_layers)]
+
+
+def sliding_window(model: ModelConfig) -> int | None:
+    """Hugging Face's sliding_window: a key at distance d is seen when d < sliding_window. None without local layers."""
+    return model.attention.window + 1 if "sliding_attention" in layer_types(model) else None
+
+
+def older_spellings(model: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The keys that transformers 5 renamed, as transformers 4, vLLM and llama.cpp know them."""
+    kind = model.rope_scaling.kind
+    return {
+        "rope_theta": model.rotary_base,
+        "rope_scaling": None if kind == "default" else {"rope_type": kind, "type": kind, **_rope_settings(model)},
+        "torch_dtype": dtype,
+    }
+
+
+def llama_config(model: ModelConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
+    """The keys that all dense families share, as transformers 5 spells them; nothing is left to a default."""
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_positions,
+        "rope_parameters": {
+            "rope_type": model.rope_scaling.kind,
+            "rope_theta": model.rotary_base,
+            **_rope_settings(model),
+        },
+        "rms_norm_eps": model.norm_epsilon,
+        "initializer_range": model.init_method_std,
+        "attention_dropout": model.attention_dropout,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "use_cache": True,
+        "bos_token_id": ids.bos,
+        "eos_token_id": ids.eos,
+        "pad_token_id": ids.pad,
+        "dtype": dtype,
+    }
+
+
+def _rope_settings(model: ModelConfig) -> dict[str, Any]:
+    """Settings of the context extension; they have Hugging Face's names, and unset ones are the same everywhere."""
+    return model.rope_scaling.model_dump(exclude={"kind"}, exclude_none=True)
+
+
+def query_key_norm_reasons(family: str, model: ModelConfig, *, has_norm: bool) -> list[str]:
+    """A family either always normalises queries and keys or never does."""
+    if model.qk_layernorm == has_norm:
+        return []
+    rule = "always normalises queries and keys" if has_norm else "has no query and key norm"
+    return [f"{family} {rule}: model.qk_layernorm is {str(model.qk_layernorm).lower()}"]
+
+
+def gate_reasons(family: str, model: ModelConfig) -> list[str]:
+    """No stock family weighs far keys."""
+    if model.attention.kind != "soft_gate":
+        return []
+    return [f"{family} has no gate on far keys: model.attention.kind is soft_gate"]
+
+
+def head_width_reasons(family: str, model: ModelConfig) -> list[str]:
+    """transformers' Llama and Cwm refuse a width that the heads do not divide, even with an explicit head_dim."""
+    if model.hidden_size % model.num_attention_heads == 0:
+        return []
+    sizes = f"model.hidden_size is {model.hidden_size}, model.num_attention_heads {model.num_attention_heads}"
+    return [f"{family} needs a width that the heads divide: {sizes}"]

@@ -1,0 +1,48 @@
+"""cwm: Llama with a full or sliding choice per layer; no query/key norm.
+
+The family's own defaults are traps (llama3 rotary scaling, end-of-sequence ids of another vocabulary), so every key
+is written.
+"""
+
+from typing import Any
+
+from megatron_ds.config.schema import ModelConfig
+from megatron_ds.hf.targets.common import (
+    SpecialIds,
+    Target,
+    gate_reasons,
+    head_width_reasons,
+    layer_types,
+    llama_config,
+    older_spellings,
+    query_key_norm_reasons,
+    sliding_window,
+)
+
+
+def reasons(model: ModelConfig) -> list[str]:
+    """Why cwm cannot express ``model``."""
+    found = gate_reasons("cwm", model) + query_key_norm_reasons("cwm", model, has_norm=False)
+    return found + head_width_reasons("cwm", model)
+
+
+def config(model: ModelConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
+    """config.json of CwmForCausalLM. The family wants a window even when no layer slides; then it is never read."""
+    return {
+        "architectures": ["CwmForCausalLM"],
+        "model_type": "cwm",
+        **llama_config(model, ids, dtype),
+        **older_spellings(model, dtype),
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+        "layer_types": layer_types(model),
+        "sliding_window": sliding_window(model) or model.max_positions,
+    }
+
+
+CWM = Target(
+    model_type="cwm",
+    reasons=reasons,
+    config=config,
+    engines="transformers 5 and vLLM, both with the per-layer windows; llama.cpp does not know the family.",
+)

@@ -1,0 +1,49 @@
+"""qwen3: query/key norm, every layer full or sliding. The first choice for v1's defaults.
+
+Sliding layers need use_sliding_window true beside layer_types: with the family's default, false, transformers forgets
+the window and fails at the first forward pass.
+"""
+
+from typing import Any
+
+from megatron_ds.config.schema import ModelConfig
+from megatron_ds.hf.targets.common import (
+    SpecialIds,
+    Target,
+    gate_reasons,
+    layer_types,
+    llama_config,
+    older_spellings,
+    query_key_norm_reasons,
+    sliding_window,
+)
+
+
+def reasons(model: ModelConfig) -> list[str]:
+    """Why qwen3 cannot express ``model``."""
+    return gate_reasons("qwen3", model) + query_key_norm_reasons("qwen3", model, has_norm=True)
+
+
+def config(model: ModelConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
+    """config.json of Qwen3ForCausalLM. vLLM asserts that max_window_layers equals the depth on mixed layers."""
+    window = sliding_window(model)
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        **llama_config(model, ids, dtype),
+        **older_spellings(model, dtype),
+        "attention_bias": False,
+        "layer_types": layer_types(model),
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": model.num_layers,
+    }
+
+
+QWEN3 = Target(
+    model_type="qwen3",
+    reasons=reasons,
+    config=config,
+    engines="transformers. With full attention in every layer also vLLM and llama.cpp; with sliding layers those two "
+    "may ignore the windows, so run vLLM with --model-impl transformers.",
+)

@@ -1,0 +1,185 @@
+"""Proof of an export: stock transformers, in a fresh offline process, against the training model.
+
+The training model is rebuilt from the checkpoint here; ``probe.py`` loads the directory there, with nothing of this
+package. Both see the same tokens, random and real, in sequences longer than the attention window. An export in 16 bits
+is held to the same tolerance, against weights rounded the same way; what the rounding itself costs is reported beside
+it. Every check prints one line and goes into ``export_report.json``.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_ds.checkpoint.reader import Checkpoint
+from megatron_ds.config.schema import ModelConfig
+from megatron_ds.errors import CheckpointError
+from megatron_ds.hf.decoder import load_decoder, read_config
+from megatron_ds.hf.options import FORMATS
+from megatron_ds.hf.tokenizer_files import TokenizerFiles
+from megatron_ds.hf.writer import write_json
+
+TOLERANCE = 2e-5
+"""Largest |logit difference| between the export and the training model, both computed in fp32; where logits exceed 1,
+times the largest |logit|, as rounding errors grow with the values."""
+
+NUM_RANDOM, MIN_LENGTH, MAX_POSITIONS_COMPARED, NEW_TOKENS = 2, 128, 128, 16
+"""Random sequences beside the real one, shortest length of all, positions whose logits are compared, tokens drawn."""
+
+TEXTS = (
+    "The window slides over the text: a key at distance d is local when d is no larger than the window, and everything "
+    "farther away is left to the global layers. Numbers such as 3.14159, 2048 and 1e-5 are split in their own way.",
+    'def attention(query, key, value):\n    """Values by key."""\n    return softmax(query @ key.T) @ value\n',
+    "Grüße aus Zürich, żółw, naïve café, 東京, Привет, 🙂👩‍🔬  two  spaces\tand\ttabs\r\n",
+)
+"""What the tokenizers are compared on; repeated, also the real sequence."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report; ``passed`` is None for a figure that is only reported."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+    def __str__(self) -> str:
+        mark = {True: "ok    ", False: "FAILED", None: "note  "}[self.passed]
+        return f"{mark} {self.name}: {self.detail}"
+
+
+def verify(
+    directory: Path,
+    checkpoint: Checkpoint,
+    tokenizer: TokenizerFiles | None,
+    precision: str,
+    report: Callable[[str], None] = print,
+) -> list[Check]:
+    """Compare the export in ``directory`` with the checkpoint, write ``export_report.json`` there, return the checks.
+
+    ``precision`` is the export's (a key of ``options.FORMATS``); ``report`` receives one line per check. Raises
+    CheckpointError when a check fails, or when the directory cannot be loaded at all.
+    """
+    model = read_config(checkpoint).megatron_ds.model
+    token_NS = _sequences(model, tokenizer)
+    position_P = torch.linspace(0, token_NS.shape[1] - 1, min(token_NS.shape[1], MAX_POSITIONS_COMPARED)).long()
+    trust = (directory / "modeling_mds_dense.py").is_file()
+    report(f"verifying with transformers {version('transformers')} in a fresh offline process")
+    if trust:
+        report("note   loading with trust_remote_code=True: the directory carries the mds_dense code of this package")
+    texts = list(TEXTS) if tokenizer else []
+    answer, logits = _probe(directory, token_NS, position_P, texts, trust)
+
+    rounding = None if precision == "fp32" else getattr(torch, FORMATS[precision].name)
+    reference_NPV = _reference_logits(checkpoint, token_NS, position_P, rounding)
+    checks = [_check_keys(answer["keys"])]
+    checks += [_check_logits(name, logits_NPV, reference_NPV, precision) for name, logits_NPV in logits.items()]
+    if rounding is not None:
+        exact_NPV = _reference_logits(checkpoint, token_NS, position_P, None)
+        checks.append(_note_rounding(logits["eager"], exact_NPV, precision))
+    checks.append(_check_greedy(answer["greedy"]))
+    if tokenizer:
+        checks.append(_check_tokenizer(answer["tokenizer"], tokenizer))
+
+    for check in checks:
+        report(str(check))
+    write_json(directory / "export_report.json", {"checks": [asdict(check) for check in checks]})
+    failed = [check.name for check in checks if check.passed is False]
+    if failed:
+        raise CheckpointError(f"{checkpoint.path}: the export is not the model: {', '.join(failed)}")
+    return checks
+
+
+def _sequences(model: ModelConfig, tokenizer: TokenizerFiles | None) -> Tensor:
+    """token_NS: random sequences and, with a tokenizer, a real one; long enough for keys beyond the window."""
+    length = max(MIN_LENGTH, getattr(model.attention, "window", 0) + 1 + 2 * NEW_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    random_NS = torch.randint(model.vocab_size, (NUM_RANDOM, length), generator=generator)
+    if tokenizer is None:
+        return random_NS
+    ids = tokenizer.tokenizer.encode("\n".join(TEXTS))
+    repeated = (ids * (length // len(ids) + 1))[:length]
+    return torch.cat((random_NS, torch.tensor([repeated])))
+
+
+def _probe(
+    directory: Path, token_NS: Tensor, position_P: Tensor, texts: list[str], trust: bool
+) -> tuple[dict, dict[str, Tensor]]:
+    """Ask ``probe.py``: its answer and, per attention implementation, logits_NPV."""
+    with tempfile.TemporaryDirectory(prefix="megatron_ds_verify_") as name:
+        work = Path(name)
+        request = {
+            "trust_remote_code": trust,
+            "texts": texts,
+            "prompt_length": token_NS.shape[1] - NEW_TOKENS,
+            "new_tokens": NEW_TOKENS,
+            "positions": position_P.tolist(),
+        }
+        write_json(work / "request.json", request)
+        save_file({"token_NS": token_NS}, work / "tokens.safetensors")
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(work / "modules"),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+        }
+        script = Path(__file__).with_name("probe.py")
+        # -P: the script's folder must not become importable in the fresh process.
+        command = [sys.executable, "-P", str(script), str(directory), str(work)]
+        run = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if run.returncode != 0:
+            reason = (run.stderr.strip() or f"exit code {run.returncode}").splitlines()[-1].strip()
+            raise CheckpointError(f"{directory.name}: stock transformers cannot load the export: {reason}")
+        return json.loads((work / "answer.json").read_text()), load_file(work / "logits.safetensors")
+
+
+@torch.inference_mode()
+def _reference_logits(
+    checkpoint: Checkpoint, token_NS: Tensor, position_P: Tensor, rounding: torch.dtype | None
+) -> Tensor:
+    """logits_NPV of the training model over the true vocabulary."""
+    decoder = load_decoder(checkpoint, rounding)
+    sequences = tqdm(token_NS, desc="training model", delay=2, leave=False, disable=None)
+    return torch.cat([decoder(token_S[None])[:, position_P, : decoder.config.vocab_size] for token_S in sequences])
+
+
+def _check_keys(keys: dict[str, list[str]]) -> Check:
+    found = [f"{kind.replace('_keys', '')} {names}" for kind, names in keys.items() if names]
+    return Check("weights", not found, "; ".join(found) or "0 missing, 0 unexpected")
+
+
+def _check_logits(implementation: str, logits_NPV: Tensor, reference_NPV: Tensor, precision: str) -> Check:
+    largest = (logits_NPV - reference_NPV).abs().max().item()
+    limit = TOLERANCE * max(1.0, reference_NPV.abs().max().item())
+    versus = "" if precision == "fp32" else f", weights of both rounded to {precision}"
+    detail = f"max |diff| {largest:.1e}, limit {limit:.1e}{versus}"
+    return Check(f"logits, {implementation}", largest <= limit, detail)
+
+
+def _note_rounding(logits_NPV: Tensor, exact_NPV: Tensor, precision: str) -> Check:
+    largest = (logits_NPV - exact_NPV).abs().max().item()
+    agree = (logits_NPV.argmax(-1) == exact_NPV.argmax(-1)).float().mean().item()
+    return Check(f"rounding to {precision}", None, f"top-1 agreement {agree:.2%}, max |diff| {largest:.1e}")
+
+
+def _check_greedy(greedy: dict[str, list[int]]) -> Check:
+    same = greedy["cached"] == greedy["uncached"]
+    return Check("greedy generation", same, f"{NEW_TOKENS} tokens, cached {'==' if same else '!='} uncached")
+
+
+def _check_tokenizer(answers: list[dict], tokenizer: TokenizerFiles) -> Check:
+    """AutoTokenizer must give the ids that training saw, and the text that they stand for."""
+    ids = [tokenizer.tokenizer.encode(text) for text in TEXTS]
+    expected = [{"ids": row, "text": tokenizer.tokenizer.decode(row)} for row in ids]
+    detail = f"AutoTokenizer gives the ids of tokenizer.json ({sum(map(len, ids))} compared) and their text"
+    return Check("tokenizer", answers == expected, detail)

@@ -1,0 +1,96 @@
+"""Streamed safetensors files, read back with the safetensors library."""
+
+import json
+import weakref
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.hf.options import parse_size
+from megatron_ds.hf.writer import Entry, plan_shards, write_weights
+
+SHAPES = {"a": (7, 3), "b": (5,), "c": (9, 3), "d": (1, 1)}
+WEIGHTS = {name: torch.randn(shape, generator=torch.Generator().manual_seed(1)) for name, shape in SHAPES.items()}
+
+
+def entries(**shapes):
+    return [Entry(f"hf.{name}", name, shapes.get(name, shape)) for name, shape in SHAPES.items()]
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_one_file_holds_every_tensor_cast_once(tmp_path, precision, dtype):
+    write_weights(tmp_path, entries(), WEIGHTS.__getitem__, precision, 1 << 30)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert set(loaded) == {f"hf.{name}" for name in SHAPES}
+    for name, weight in WEIGHTS.items():
+        assert loaded[f"hf.{name}"].dtype == dtype
+        assert torch.equal(loaded[f"hf.{name}"], weight.to(dtype))
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_shards_hold_the_same_tensors_and_an_index(tmp_path):
+    write_weights(tmp_path, entries(), WEIGHTS.__getitem__, "fp32", 104)
+    names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "model.safetensors.index.json"]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    total = sum(weight.numel() for weight in WEIGHTS.values())
+    assert index["metadata"] == {"total_size": 4 * total, "total_parameters": total}
+    for name, weight in WEIGHTS.items():
+        assert torch.equal(load_file(tmp_path / index["weight_map"][f"hf.{name}"])[f"hf.{name}"], weight)
+
+
+def test_a_shard_is_as_full_as_it_may_be_and_a_large_tensor_stands_alone():
+    def sources(limit):
+        return [[entry.source for entry in shard] for shard in plan_shards(entries(), 4, limit)]
+
+    assert sources(84 + 20) == [["a", "b"], ["c"], ["d"]]
+    assert sources(84 + 20 - 1) == [["a"], ["b"], ["c"], ["d"]]
+    assert sources(84 + 20 + 108) == [["a", "b", "c"], ["d"]]
+    assert sources(1) == [["a"], ["b"], ["c"], ["d"]]
+
+
+def test_rows_beyond_the_vocabulary_are_cut(tmp_path):
+    write_weights(tmp_path, entries(a=(4, 3)), WEIGHTS.__getitem__, "fp32", 1 << 30)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["hf.a"], WEIGHTS["a"][:4])
+
+
+def test_one_tensor_is_alive_at_a_time(tmp_path):
+    """When a tensor is read, the one before has been let go."""
+    alive = []
+
+    def read(name):
+        assert not alive or alive[-1]() is None
+        tensor = WEIGHTS[name].clone()
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    write_weights(tmp_path, entries(), read, "bf16", 1 << 30)
+    assert len(alive) == len(SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("value", "precision", "fix"),
+    [(float("nan"), "fp32", "use an earlier checkpoint"), (1e5, "fp16", "export with --dtype bf16 or fp32")],
+)
+def test_a_weight_that_is_not_finite_is_named(tmp_path, value, precision, fix):
+    weights = WEIGHTS | {"c": torch.full((9, 3), value)}
+    with pytest.raises(CheckpointError, match=f"c: holds values that are not finite in {precision}; {fix}"):
+        write_weights(tmp_path, entries(), weights.__getitem__, precision, 1 << 30)
+
+
+@pytest.mark.parametrize(("text", "size"), [("4GiB", 2**32), ("500 MB", 5 * 10**8), ("1.5kib", 1536), ("77", 77)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "4 apples", "GiB", "-1GB", "0"])
+def test_bad_sizes(text):
+    with pytest.raises(ConfigError, match="--max-shard-size"):
+        parse_size(text)

@@ -1,0 +1,115 @@
+"""Tiny models as real checkpoints, and what stock transformers makes of their exports."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from megatron_ds.checkpoint.pieces import Fragment, whole
+from megatron_ds.checkpoint.reader import Checkpoint
+from megatron_ds.checkpoint.store import CheckpointStore, SingleProcess, open_checkpoint
+from megatron_ds.config.schema import RunConfig
+from megatron_ds.data.tokenizer import train_bpe
+from megatron_ds.hf.export import export
+from megatron_ds.hf.options import ExportOptions
+from megatron_ds.hf.verify import TEXTS
+from megatron_ds.model.decoder import Decoder
+from megatron_ds.model.init import initialize
+
+WINDOW = 5
+LENGTH = 23
+HYBRID = {"kind": "hybrid", "pattern": "LLG", "window": WINDOW}
+SOFT_GATE = {"kind": "soft_gate", "window": WINDOW}
+FULL = {"kind": "full"}
+MODELS = {
+    "qwen3": {"attention": HYBRID, "qk_layernorm": True},
+    "llama": {"attention": FULL, "qk_layernorm": False},
+    "cwm": {"attention": HYBRID, "qk_layernorm": False},
+    "mds_dense": {"attention": SOFT_GATE, "qk_layernorm": True},
+}
+"""A model section that each target can express."""
+
+
+@dataclass
+class Tiny:
+    """A checkpoint and the model it holds."""
+
+    checkpoint: Checkpoint
+    decoder: Decoder
+
+    def logits(self, token_BS: Tensor) -> Tensor:
+        """Logits of the training model over the true vocabulary."""
+        with torch.no_grad():
+            return self.decoder(token_BS)[..., : self.decoder.config.vocab_size]
+
+
+def run_config(**model) -> dict:
+    """A resolved run configuration: 4 layers, odd sizes, grouped keys, vocabulary 301 padded to 384."""
+    sizes = {
+        "num_layers": 4,
+        "hidden_size": 48,
+        "ffn_hidden_size": 80,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 16,
+        "seq_length": 64,
+        "vocab_size": 301,
+    }
+    tree = RunConfig.model_validate({"megatron_ds": {"model": sizes | model, "data": {"eod_id": 0}}})
+    return tree.model_dump(mode="json")
+
+
+def save_tiny(directory: Path, tokenizer: Path | None = None, seed: int = 0, **model) -> Tiny:
+    """Save a model whose every parameter differs from its neutral value (norm weights are not all one)."""
+    config = run_config(**model)
+    model_config = RunConfig.model_validate(config).megatron_ds.model
+    decoder = Decoder(model_config).eval()
+    initialize(decoder.named_parameters(), model_config, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter += (0.3 if parameter.dim() == 1 else 0.08) * torch.randn(parameter.shape, generator=generator)
+    fragments = [
+        Fragment(name, "weight", tuple(weight.shape), whole(weight.shape), 0, weight.detach().flatten())
+        for name, weight in decoder.named_parameters()
+    ]
+    trainer = {"step": 7, "consumed_tokens": 3_584, "train_loss": 5.4321, "eval": {"valid": 5.5}}
+    extra = {} if tokenizer is None else {"tokenizer": tokenizer}
+    CheckpointStore(directory, SingleProcess()).save(
+        7, fragments, rank_state={}, trainer=trainer, config=config, extra_files=extra
+    )
+    return Tiny(open_checkpoint(directory), decoder)
+
+
+def export_tiny(tiny: Tiny, output: Path, **options) -> Path:
+    """Export to ``output`` and return it."""
+    export(tiny.checkpoint, output, ExportOptions(**options))
+    return output
+
+
+def load_stock(directory: Path, attention: str = "eager", **options) -> PreTrainedModel:
+    """The export as stock transformers loads it, in fp32; every weight must be there and none too many."""
+    trust = (directory / "modeling_mds_dense.py").exists()
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation=attention,
+        trust_remote_code=trust,
+        output_loading_info=True,
+        **options,
+    )
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    return model.eval()
+
+
+def random_tokens(batch: int = 2, length: int = LENGTH, seed: int = 3) -> Tensor:
+    """token_BS over the true vocabulary."""
+    return torch.randint(301, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def train_tokenizer(directory: Path, vocab_size: int = 301) -> Path:
+    """A byte-level BPE tokenizer with <|endoftext|> as id 0 and <|pad|> as id 1."""
+    train_bpe(TEXTS, vocab_size).save(directory)
+    return directory
