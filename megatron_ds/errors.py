@@ -4,6 +4,7 @@ They carry the place, the value, the rule and the fix in one message; entry poin
 ``assert`` stays for our own bugs.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -39,11 +40,16 @@ class DivergedError(MegatronError):
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:
-    """Run an entry point: its return value or the error's code becomes the exit code, errors print as one message."""
+    """Run an entry point: its return value or the error's code becomes the exit code, errors print as one message.
+
+    All ranks of a job read the same configuration, so only the first one prints what is wrong with it.
+    """
+    rank = int(os.environ.get("RANK", "0"))
     try:
         code = main(sys.argv[1:]) or 0
     except MegatronError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if rank == 0 or not isinstance(error, ConfigError):
+            print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

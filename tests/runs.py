@@ -33,10 +33,12 @@ CONFIG = {
 
 
 def make_corpus(directory: Path) -> Path:
-    """raw/, tokenizer/ and corpus.bin/.idx in ``directory``, by the commands that users type."""
+    """raw/, tokenizer/, corpus.bin/.idx and the small few.bin/.idx in ``directory``, by the commands that users type."""
     python(directory, "-m", "megatron_ds.data.corpus", "raw", "--megabytes", "1")
     cli(directory, "train-tokenizer", "--input", "raw", "--vocab-size", "512", "--output", "tokenizer")
     cli(directory, "prepare-data", "--input", "raw", "--tokenizer", "tokenizer", "--output-prefix", "corpus")
+    (directory / "few.txt").write_text("".join(f"{n} bottles of beer on the wall\n" for n in range(200)))
+    cli(directory, "prepare-data", "--input", "few.txt", "--tokenizer", "tokenizer", "--output-prefix", "few")
     (directory / "tiny.json").write_text(json.dumps(CONFIG))
     return directory
 
@@ -60,7 +62,8 @@ def _run(command: list[str], directory: Path, check: bool) -> subprocess.Complet
 def launch_command(launcher: str, ranks: int, *arguments: str) -> list[str]:
     """A training command under one of the three launchers."""
     script = [str(ROOT / "pretrain.py"), "--deepspeed_config", "tiny.json"]
-    script += ["--data-path", "corpus", "--tokenizer", "tokenizer", *arguments]
+    script += ["--tokenizer", "tokenizer", *arguments]
+    script += [] if "--data-path" in arguments else ["--data-path", "corpus"]
     port = str(free_port())
     return {
         "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, *script],
@@ -75,14 +78,15 @@ def launch(directory: Path, launcher: str, ranks: int, *arguments: str, check: b
 
 
 def launch_and_kill(directory: Path, launcher: str, ranks: int, run: str, step: int, *arguments: str) -> None:
-    """Train until the ledger has reached ``step``, then kill -9 the launcher and every rank at once."""
+    """Train until there is a checkpoint and the ledger has reached ``step``, then kill -9 the launcher and every rank."""
     process = subprocess.Popen(
         launch_command(launcher, ranks, *arguments),
         cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 200
     ledger = directory / "runs" / run / "ledger.jsonl"
-    while not (ledger.exists() and f'"step": {step},' in ledger.read_text()):
+    latest = directory / "runs" / run / "checkpoints" / "latest"
+    while not (latest.exists() and f'"kind": "step", "step": {step},' in ledger.read_text()):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, "the run did not get that far"
         time.sleep(0.01)

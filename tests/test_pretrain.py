@@ -82,23 +82,25 @@ def test_exit_duration_and_skip_train(corpus):
     assert "validation loss at iteration" in result.stdout
 
 
-def test_named_evaluation_sets(corpus):
-    sets = ("--eval-data-path", "first=corpus", "second=corpus", "--eval-iters", "none", "--train-iters", "1")
+def test_named_evaluation_sets_are_weighted_by_tokens(corpus):
+    sets = ("--eval-data-path", "few=few", "again=few", "--eval-iters", "none", "--train-iters", "1")
     launch(corpus, "python", 1, "--run-name", "sets", *sets, "--lr-warmup-iters", "0")
     row = ledger(corpus, "sets", "eval")[-1]
-    assert row["eval/first/loss"] == row["eval/second/loss"] == pytest.approx(row["eval/loss"], rel=1e-12)
+    assert row["eval/few/loss"] == row["eval/again/loss"] == pytest.approx(row["eval/loss"], rel=1e-12)
+    tokens = json.loads((corpus / "few.meta.json").read_text())["tokens"]
+    assert row["eval/few/tokens"] == tokens - 1, "every target of the set counts once, its incomplete last sample included"
 
 
 def test_weights_and_biases_run_offline_without_a_login(corpus):
-    result = launch(corpus, "python", 1, "--run-name", "wandb", "--train-iters", "2", "--wandb-enabled", "true",
-                    "--lr-warmup-iters", "0")  # fmt: skip
+    short = ("--train-iters", "2", "--lr-warmup-iters", "0", "--set", "wandb.enabled=true")
+    result = launch(corpus, "python", 1, "--run-name", "wandb", *short)
     assert list((corpus / "runs" / "wandb" / "wandb").rglob("run-*.wandb"))
     assert "wandb sync" in result.stdout
 
 
 def test_errors_are_one_message_with_an_exit_code(corpus):
     for arguments, code, words in [
-        (("--num-layer", "4"), 2, "did you mean '--num-layers'"),
+        (("--num-layer", "4"), 2, "did you mean --num-layers"),
         (("--data-path", "nowhere"), 3, "nowhere"),
         (("--load", "nowhere"), 4, "nowhere"),
         (("--vocab-size", "100"), 2, "512"),

@@ -1,0 +1,255 @@
+"""Assemble a run: data, engine, checkpoints and monitor, each from its own section of the configuration.
+
+``build_run`` is the only place that knows all parts. It ends where training can begin: the corpus has been checked, the
+newest whole checkpoint has been restored, and the run directory belongs to this job.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megatron_ds.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
+from megatron_ds.config.load import LoadedConfig
+from megatron_ds.config.resolve import with_vocabulary
+from megatron_ds.config.schema import DataConfig, RunConfig
+from megatron_ds.data.loader import Batch, BatchLoader, Datasets, build_datasets
+from megatron_ds.data.tokenizer import Tokenizer
+from megatron_ds.engine.initialize import Engine, build_engine
+from megatron_ds.engine.state import counters, fragments, restore
+from megatron_ds.errors import ConfigError, MegatronError
+from megatron_ds.model import cost
+from megatron_ds.optim.lr_schedule import LearningRate
+from megatron_ds.parallel.groups import Groups
+from megatron_ds.parallel.random import generator_state, set_generator_state
+from megatron_ds.train.metrics import RunFacts
+from megatron_ds.train.monitor import CheckpointReport, Monitor
+from megatron_ds.train.objective import pretraining
+from megatron_ds.train.run_directory import RunDirectory
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Run:
+    """Everything a training run has, and how far it has come."""
+
+    config: RunConfig
+    groups: Groups
+    engine: Engine
+    parameters: dict[str, nn.Parameter]
+    """This rank's parameters by logical name."""
+    loader: BatchLoader | None
+    """Training batches; None with skip_train and no training data."""
+    datasets: Datasets
+    learning_rate: LearningRate
+    store: CheckpointStore
+    monitor: Monitor
+    flops_per_token: float
+    step: int = 0
+    """Optimizer steps taken."""
+    consumed_samples: int = 0
+    """Sequences taken from the training data; with the seed it fixes the next batch."""
+    consumed_tokens: int = 0
+    train_loss: float | None = None
+    """Loss of the last step."""
+    eval_losses: dict[str, float] = field(default_factory=dict)
+    """Losses of the last evaluation, by validation set."""
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether exit_duration_in_mins has passed on this rank's clock."""
+        minutes = self.config.megatron_ds.training.exit_duration_in_mins
+        return minutes is not None and time.monotonic() - self.started > 60 * minutes
+
+    def next_batches(self) -> list[Batch]:
+        """This data rank's micro-batches of the next global batch, on its device."""
+        return [batch.to(self.groups.device) for batch in self.loader.global_batch(self.consumed_samples)]
+
+    def advance(self, loss: float) -> None:
+        """Count the step that was just taken."""
+        self.train_loss = loss
+        self.step += 1
+        self.consumed_samples += self.config.train_batch_size
+        self.consumed_tokens += self.config.train_batch_size * self.config.megatron_ds.model.seq_length
+
+    def save(self) -> None:
+        """Write a checkpoint of this step; all ranks together."""
+        with self.monitor.phase("saving"):
+            tokenizer = self.config.megatron_ds.data.tokenizer
+            saved = self.store.save(
+                self.step,
+                fragments(self.engine, self.parameters),
+                rank_state=generator_state(self.groups.device),
+                trainer={
+                    "step": self.step,
+                    "consumed_samples": self.consumed_samples,
+                    "consumed_tokens": self.consumed_tokens,
+                    "train_loss": self.train_loss,
+                    "eval": self.eval_losses,
+                    "engine": counters(self.engine),
+                    "wandb_run_id": self.monitor.run_id,
+                },
+                config=self.config.model_dump(mode="json"),
+                extra_files={"tokenizer": Path(tokenizer)} if tokenizer else {},
+            )
+        self.monitor.checkpoint(CheckpointReport(self.step, saved.path, saved.seconds, saved.bytes))
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint of any layout."""
+        trainer = checkpoint.trainer
+        restore(self.engine, self.parameters, checkpoint, trainer["engine"])
+        state = checkpoint.rank_state(self.groups.rank)
+        if state is not None:
+            set_generator_state(state, self.groups.device)
+        self.step, self.consumed_samples = trainer["step"], trainer["consumed_samples"]
+        self.consumed_tokens = trainer["consumed_tokens"]
+        self.train_loss, self.eval_losses = trainer["train_loss"], trainer["eval"]
+
+
+@contextmanager
+def build_run(loaded: LoadedConfig, groups: Groups) -> Iterator[Run]:
+    """Build the run, hand it over, and close it whatever happens: status.json and the ledger tell how it ended."""
+    config = resolve_vocabulary(loaded.config)
+    _require_same_everywhere(config, groups)
+    directory = RunDirectory(Path(config.megatron_ds.monitor.run_dir) / config.megatron_ds.monitor.run_name)
+    if groups.rank == 0:
+        directory.acquire()
+        directory.write_config(config.model_dump(mode="json"))
+    try:
+        run = _assemble(config, loaded, groups, directory)
+    except MegatronError as error:
+        if groups.rank == 0:
+            directory.write_status("failed", str(error))
+        raise
+    try:
+        yield run
+    except KeyboardInterrupt:
+        run.monitor.close("stopped", "interrupted")
+        raise
+    except BaseException as error:
+        run.monitor.close("failed", f"{type(error).__name__}: {error}")
+        raise
+    else:
+        done = run.step >= config.megatron_ds.training.train_iters or config.megatron_ds.training.skip_train
+        run.monitor.close("finished" if done else "stopped", "" if done else "an exit condition was met")
+    finally:
+        directory.release()
+
+
+def _assemble(config: RunConfig, loaded: LoadedConfig, groups: Groups, directory: RunDirectory) -> Run:
+    ours = config.megatron_ds
+    with groups.rank_zero_first():  # rank 0 builds the sample indices, the others find them in the cache
+        datasets = build_datasets(
+            ours.data,
+            seed=ours.training.seed,
+            seq_length=ours.model.seq_length,
+            vocab_size=ours.model.vocab_size,
+            eod_id=ours.data.eod_id,
+        )
+    engine, parameters = build_engine(config, groups, pretraining(ours.model))
+    store = CheckpointStore(Path(ours.checkpoint.save or directory.checkpoints), groups)
+    checkpoint = open_checkpoint(Path(ours.checkpoint.load), peers=groups) if ours.checkpoint.load else store.newest()
+    facts = run_facts(config, groups)
+    monitor = Monitor(
+        ours.monitor,
+        config.wandb,
+        directory,
+        facts,
+        rank=groups.rank,
+        config=config.model_dump(mode="json"),
+        step=checkpoint.step if checkpoint else 0,
+        # A checkpoint of another run starts a new curve.
+        run_id=checkpoint.trainer["wandb_run_id"] if checkpoint and not ours.checkpoint.load else None,
+        event_writer=engine.monitor.write_events if engine.monitor.enabled else None,
+    )
+    run = Run(
+        config=config,
+        groups=groups,
+        engine=engine,
+        parameters=parameters,
+        loader=train_loader(config, groups, datasets),
+        datasets=datasets,
+        learning_rate=LearningRate(ours.training, config.optimizer.params.lr),
+        store=store,
+        monitor=monitor,
+        flops_per_token=cost.flops_per_token(ours.model),
+    )
+    monitor.message(header(config, loaded, groups, directory))
+    if checkpoint:
+        run.resume(checkpoint)
+        for reason in checkpoint.rejected:
+            monitor.message(f"skipped a damaged checkpoint: {reason}")
+        monitor.message(f"resumed at step {run.step} from {checkpoint.path}")
+    return run
+
+
+def train_loader(config: RunConfig, groups: Groups, datasets: Datasets) -> BatchLoader | None:
+    """Batches of the training data for this data rank."""
+    if datasets.train is None:
+        return None
+    return BatchLoader(
+        datasets.train,
+        micro_batch_size=config.train_micro_batch_size_per_gpu,
+        num_micro_batches=config.gradient_accumulation_steps,
+        data_rank=groups.index("data"),
+        data_size=groups.topology.data,
+    )
+
+
+def resolve_vocabulary(config: RunConfig) -> RunConfig:
+    """The configuration with what the tokenizer knows: vocabulary size and end-of-document id."""
+    data: DataConfig = config.megatron_ds.data
+    if data.tokenizer is None:
+        return config
+    tokenizer = Tokenizer.load(data.tokenizer)
+    return with_vocabulary(config, tokenizer.vocab_size, tokenizer.eod_id)
+
+
+def run_facts(config: RunConfig, groups: Groups) -> RunFacts:
+    """What gives the measurements of this run their scale."""
+    ours, device = config.megatron_ds, groups.device
+    on_cpu = device.type == "cpu"
+    return RunFacts(
+        name=ours.monitor.run_name,
+        train_iters=ours.training.train_iters,
+        global_batch_size=config.train_batch_size,
+        tokens_per_step=config.train_batch_size * ours.model.seq_length,
+        devices=groups.world_size,
+        gradient_clipping=config.gradient_clipping,
+        peak_flops=None if on_cpu else cost.device_peak(torch.get_device_module(device).get_device_name(device)),
+        roof_flops=cost.measure_gemm_roof(DTYPES[config.dtype_name], device) if on_cpu else None,
+        eval_interval=ours.training.eval_interval,
+        save_interval=ours.checkpoint.save_interval,
+    )
+
+
+def header(config: RunConfig, loaded: LoadedConfig, groups: Groups, directory: RunDirectory) -> str:
+    """What a user wants to see before the first step."""
+    ours = config.megatron_ds
+    lines = [
+        f"{ours.monitor.run_name}: generation {ours.generation}, {cost.num_parameters(ours.model):,} parameters, {config.dtype_name}",
+        f"  layout   {groups.topology.describe()}, ZeRO-{config.zero_optimization.stage}",
+        f"  batch    {config.train_batch_size} sequences x {ours.model.seq_length} tokens = "
+        f"{config.train_batch_size * ours.model.seq_length:,} tokens per step "
+        f"({config.gradient_accumulation_steps} micro-batches of {config.train_micro_batch_size_per_gpu} per rank)",
+        f"  run      {directory.path}",
+        f"  config   {loaded.file or 'defaults'}" + "".join(f"\n           {change}" for change in loaded.changes),
+    ]
+    return "\n".join(lines)
+
+
+def _require_same_everywhere(config: RunConfig, groups: Groups) -> None:
+    """All ranks must train with the same configuration: a difference would end in a hang, or in silence."""
+    digest = hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+    digests = groups.gather_objects(digest)
+    if len(set(digests)) > 1:
+        odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        raise ConfigError(f"ranks {odd} have another configuration than rank 0; start all with the same command and files")

@@ -1,0 +1,113 @@
+"""The training loop: everything that happens between two optimizer steps is on this page."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from megatron_ds.errors import DivergedError
+from megatron_ds.train.build import Run
+from megatron_ds.train.evaluation import evaluate
+from megatron_ds.train.metrics import StepRow
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step measured; the same on every rank."""
+
+    loss: float
+    """Mean over the counted tokens of the global batch, in nats."""
+    num_counted: int
+    lr: float
+    seconds: float
+    data_seconds: float
+    stop: bool
+    """Rank 0's clock has passed exit_duration_in_mins."""
+
+
+def train(run: Run) -> None:
+    """Train to the last step (or to a reason to stop), evaluating and saving on the way."""
+    training, checkpoint = run.config.megatron_ds.training, run.config.megatron_ds.checkpoint
+    if training.skip_train:
+        evaluate(run)
+        return
+    if run.step >= training.train_iters:
+        run.monitor.message(f"nothing left to train: step {run.step} of {training.train_iters}; raise --train-iters to go on")
+        return
+    if run.step == 0 and training.eval_interval is not None:
+        evaluate(run)
+    saved_at = run.step
+    while run.step < training.train_iters:
+        result = step(run)
+        record(run, result)
+        if not math.isfinite(result.loss):
+            raise DivergedError(
+                f"the loss is {result.loss} at step {run.step}; lower --lr or lengthen the warmup, "
+                f"and resume from the checkpoint before it"
+            )
+        if due(run.step, training.eval_interval):
+            evaluate(run)
+        if due(run.step, checkpoint.save_interval):
+            run.save()
+            saved_at = run.step
+        if result.stop or due(run.step, training.exit_interval):
+            break
+    if saved_at != run.step:
+        run.save()
+    if run.step == training.train_iters and not due(run.step, training.eval_interval):
+        evaluate(run)
+
+
+def record(run: Run, result: StepResult) -> None:
+    """Tell the monitor about the step that was just taken."""
+    engine = run.engine
+    run.monitor.step(
+        StepRow(
+            step=run.step,
+            consumed_samples=run.consumed_samples,
+            consumed_tokens=run.consumed_tokens,
+            loss=result.loss,
+            counted_tokens=result.num_counted,
+            lr=result.lr,
+            grad_norm=engine.gradient_norm,
+            loss_scale=engine.current_loss_scale,
+            skipped=engine.was_skipped,
+            step_seconds=result.seconds,
+            data_seconds=result.data_seconds,
+            flops_per_token=run.flops_per_token,
+            host_rss_bytes=psutil.Process().memory_info().rss,
+            device_peak_bytes=engine.device_peak_bytes,
+        )
+    )
+
+
+def due(step: int, interval: int | None) -> bool:
+    """Whether something that happens every ``interval`` steps happens after this one."""
+    return interval is not None and step % interval == 0
+
+
+def step(run: Run) -> StepResult:
+    """One optimizer step: fetch the global batch, count its targets, run the engine, sum up what happened."""
+    started = time.perf_counter()
+    batches = run.next_batches()
+    counts = torch.tensor([sum(batch.num_counted for batch in batches)], device=run.groups.device)
+    num_counted = int(run.groups.sum_over("data", counts))
+    data_seconds = time.perf_counter() - started
+
+    lr = run.learning_rate.at(run.step)
+    run.engine.set_learning_rate(lr)
+    loss_sum = run.engine.train_step(batches, num_counted=num_counted, step=run.step)
+    out_of_time = torch.tensor(float(run.groups.rank == 0 and run.out_of_time), device=loss_sum.device)
+    loss_sum, stop = run.groups.sum_over_world(torch.stack([loss_sum, out_of_time.double()])).tolist()
+    loss = loss_sum / max(num_counted, 1)
+    run.advance(loss)
+    return StepResult(
+        loss=loss,
+        num_counted=num_counted,
+        lr=lr,
+        seconds=time.perf_counter() - started,
+        data_seconds=data_seconds,
+        stop=stop > 0,
+    )
