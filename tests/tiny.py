@@ -12,7 +12,8 @@ TINY = {
 
 
 def configuration(
-    world_size, *, micro=1, batch=GLOBAL_BATCH, pp=1, stage=0, dtype="fp32", model=None, training=None, clipping=1.0
+    world_size, *, micro=1, batch=GLOBAL_BATCH, pp=1, stage=0, dtype="fp32", model=None, training=None, clipping=1.0,
+    loss_scale_power=8,
 ):
     """A resolved configuration of a tiny model."""
     from megatron_ds.config.resolve import resolve
@@ -31,7 +32,7 @@ def configuration(
         },
     }
     if dtype != "fp32":
-        tree[dtype] = {"enabled": True}
+        tree[dtype] = {"enabled": True} | ({"initial_scale_power": loss_scale_power} if dtype == "fp16" else {})
     return resolve(RunConfig.model_validate(tree), world_size)
 
 

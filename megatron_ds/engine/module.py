@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron_ds.config.schema import ModelConfig
 from megatron_ds.model.context import Context
+from megatron_ds.model.cost import layer_costs
 from megatron_ds.model.decoder import LayerEntry, layer_list, run, tied_output
 from megatron_ds.parallel.groups import Groups
 from megatron_ds.pipeline.partition import partition
@@ -70,16 +71,15 @@ class StageModule(PipelineModule):
 def stage_bounds(model: ModelConfig, num_stages: int) -> list[int]:
     """Boundaries of the stages in the layer list: equal cost, and at least one decoder layer in each.
 
-    The cost of a layer is the number of weights that a token is multiplied with. Every stage needs a decoder layer so that its optimizer has the same parameter groups as the others, which
-    DeepSpeed's gradient norm relies on. So the cut runs over the decoder layers; embedding and output go with the
-    outermost ones.
+    Cost is training FLOPs per token. Every stage needs a decoder layer so that its optimizer has the same parameter
+    groups as the others, which DeepSpeed's gradient norm relies on. So the cut runs over the decoder layers; embedding,
+    norm and output go with the outermost ones.
     """
-    heads = model.num_attention_heads + model.num_kv_heads
-    layer = model.hidden_size * (2 * heads * model.head_dim + 3 * model.ffn_size)
-    costs = [float(layer)] * model.num_layers
-    costs[-1] += model.hidden_size * model.padded_vocab_size
-    inner = partition(costs, num_stages)[1:-1]
-    return [0, *(1 + index for index in inner), len(layer_list(model))]
+    first, *layers, norm, output = layer_costs(model)
+    layers[0] += first
+    layers[-1] += norm + output
+    inner = partition(layers, num_stages)[1:-1]
+    return [0, *(1 + layer for layer in inner), len(layers) + 3]
 
 
 def _layer_spec(entry: LayerEntry) -> LayerSpec:

@@ -32,3 +32,18 @@ def seed_default_generator(device: torch.device, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
     else:
         torch.get_device_module(device).manual_seed(seed)
+
+
+def generator_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of the default generators. The framework derives all it draws; this is for users' code that does not."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state()
+    return state
+
+
+def set_generator_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what ``generator_state`` returned; a state of another kind of device is left out."""
+    torch.set_rng_state(state["cpu"])
+    if device.type != "cpu" and device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type])
