@@ -114,6 +114,9 @@ def distributed(parallel: ParallelConfig) -> Iterator[Groups]:
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that all use every core slow each other down threefold, and the number of threads shows in the last bits.
+        torch.set_num_threads(1)
     deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     try:
         yield build_groups(parallel)
