@@ -90,12 +90,12 @@ def counters(engine: DeepSpeedEngine) -> dict:
         for kind, value in state.items()
         if value.ndim == 0
     }
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler = vars(engine.optimizer.loss_scaler) if engine.fp16_enabled() else {}
     return {
         "global_steps": engine.global_steps,
         "skipped_steps": engine.skipped_steps,
         "optimizer": scalars,
-        "loss_scaler": {key: getattr(scaler, key) for key in LOSS_SCALER_STATE if hasattr(scaler, key)},
+        "loss_scaler": {key: scaler[key] for key in LOSS_SCALER_STATE if key in scaler},
     }
 
 
@@ -122,8 +122,8 @@ def restore(engine: DeepSpeedEngine, parameters: dict[str, nn.Parameter], checkp
     engine.global_steps = saved["global_steps"]
     engine.skipped_steps = saved["skipped_steps"]
     engine.global_samples = engine.global_steps * engine.train_batch_size()
-    for key, value in saved["loss_scaler"].items():
-        setattr(engine.optimizer.loss_scaler, key, value)
+    if engine.fp16_enabled():
+        vars(engine.optimizer.loss_scaler).update(saved["loss_scaler"])
 
 
 def _inner(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
