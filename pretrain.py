@@ -2,7 +2,7 @@
 
     deepspeed --num_gpus 2 pretrain.py --deepspeed_config ds_configs/v1_tiny.json --data-path data/corpus
     torchrun --nproc-per-node 2 pretrain.py --deepspeed_config ds_configs/v1_tiny.json --data-path data/corpus
-    python pretrain.py --deepspeed_config ds_configs/v1_tiny.json --data-path data/corpus --pipeline-model-parallel-size 1
+    python pretrain.py --deepspeed_config ds_configs/v1.json --data-path data/corpus
 
 ``--help`` lists every setting. The same command again resumes from the newest whole checkpoint.
 """

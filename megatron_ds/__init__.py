@@ -1,3 +1,3 @@
-"""megatron_ds: a Megatron-style training framework on DeepSpeed. Start at ``pretrain.py``; docs/reading_order.md follows on."""
+"""megatron_ds: a Megatron-style training framework on DeepSpeed. Start at ``pretrain.py``, then docs/reading_order.md."""
 
 __version__ = "0.1.0"

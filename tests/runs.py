@@ -33,7 +33,7 @@ CONFIG = {
 
 
 def make_corpus(directory: Path) -> Path:
-    """raw/, tokenizer/, corpus.bin/.idx and the small few.bin/.idx in ``directory``, by the commands that users type."""
+    """raw/, tokenizer/, corpus.bin/.idx and a small few.bin/.idx in ``directory``, by the commands that users type."""
     python(directory, "-m", "megatron_ds.data.corpus", "raw", "--megabytes", "1")
     cli(directory, "train-tokenizer", "--input", "raw", "--vocab-size", "512", "--output", "tokenizer")
     cli(directory, "prepare-data", "--input", "raw", "--tokenizer", "tokenizer", "--output-prefix", "corpus")
@@ -72,13 +72,15 @@ def launch_command(launcher: str, ranks: int, *arguments: str) -> list[str]:
     }[launcher]
 
 
-def launch(directory: Path, launcher: str, ranks: int, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+def launch(
+    directory: Path, launcher: str, ranks: int, *arguments: str, check: bool = True
+) -> subprocess.CompletedProcess:
     """Train to the end."""
     return _run(launch_command(launcher, ranks, *arguments), directory, check)
 
 
 def launch_and_kill(directory: Path, launcher: str, ranks: int, run: str, step: int, *arguments: str) -> None:
-    """Train until there is a checkpoint and the ledger has reached ``step``, then kill -9 the launcher and every rank."""
+    """Train until there is a checkpoint and the ledger has reached ``step``, then kill -9 launcher and ranks."""
     process = subprocess.Popen(
         launch_command(launcher, ranks, *arguments),
         cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,

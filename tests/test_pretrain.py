@@ -1,4 +1,4 @@
-"""``pretrain.py`` as users start it: the three launchers, resuming after a kill, the ways to stop, and the run directory."""
+"""``pretrain.py`` as users start it: three launchers, resuming after a kill, the ways to stop, the run directory."""
 
 import json
 
@@ -88,7 +88,9 @@ def test_named_evaluation_sets_are_weighted_by_tokens(corpus):
     row = ledger(corpus, "sets", "eval")[-1]
     assert row["eval/few/loss"] == row["eval/again/loss"] == pytest.approx(row["eval/loss"], rel=1e-12)
     tokens = json.loads((corpus / "few.meta.json").read_text())["tokens"]
-    assert row["eval/few/tokens"] == tokens - 1, "every target of the set counts once, its incomplete last sample included"
+    assert row["eval/few/tokens"] == tokens - 1, (
+        "every target of the set counts once, its incomplete last sample included"
+    )
 
 
 def test_weights_and_biases_run_offline_without_a_login(corpus):

@@ -1,4 +1,4 @@
-"""A tiny run for tests of the engines: its configuration, global batches that are the same everywhere, and a short loop."""
+"""A tiny run for tests of the engines: its configuration, global batches that are the same everywhere, a short loop."""
 
 import torch
 
@@ -12,7 +12,16 @@ TINY = {
 
 
 def configuration(
-    world_size, *, micro=1, batch=GLOBAL_BATCH, pp=1, stage=0, dtype="fp32", model=None, training=None, clipping=1.0,
+    world_size,
+    *,
+    micro=1,
+    batch=GLOBAL_BATCH,
+    pp=1,
+    stage=0,
+    dtype="fp32",
+    model=None,
+    training=None,
+    clipping=1.0,
     loss_scale_power=8,
 ):
     """A resolved configuration of a tiny model."""
@@ -63,7 +72,11 @@ def micro_batches(config, groups, step):
     """This data rank's slices, by Megatron's rule."""
     from megatron_ds.data.loader import Batch
 
-    whole, micro, data = global_batch(step, config.megatron_ds.model, config.train_batch_size), config.train_micro_batch_size_per_gpu, groups.topology.data
+    whole, micro, data = (
+        global_batch(step, config.megatron_ds.model, config.train_batch_size),
+        config.train_micro_batch_size_per_gpu,
+        groups.topology.data,
+    )
     return [
         Batch(**{name: value[start : start + micro] for name, value in whole.items()})
         for index in range(config.gradient_accumulation_steps)

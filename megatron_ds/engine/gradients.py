@@ -76,7 +76,8 @@ class GradientsMixin:
             (parameter, gradient)
             for index, parameters in enumerate(parameters_of_group)
             for parameter, gradient in zip(
-                parameters, (g for g in self.optimizer.averaged_gradients[index] if not getattr(g, "_zero_padding", False))
+                parameters,
+                (g for g in self.optimizer.averaged_gradients[index] if not getattr(g, "_zero_padding", False)),
             )
         ]
         return torch.tensor(self.global_norm(parts, sharded=True), dtype=torch.float64, device=self.groups.device)

@@ -1,7 +1,7 @@
 """Build the engine of a run: the model's layers for this rank, the optimizer, and DeepSpeed around them.
 
-``deepspeed.initialize`` hard-codes its engine classes, so this does what it does for ours. One pipeline stage runs under
-``PlainEngine`` (ZeRO 0-3), several under ``TableEngine`` (ZeRO 0-1).
+``deepspeed.initialize`` hard-codes its engine classes, so this does what it does for ours. One pipeline stage runs
+under ``PlainEngine`` (ZeRO 0-3), several under ``TableEngine`` (ZeRO 0-1).
 """
 
 import logging
@@ -83,4 +83,3 @@ def weight_names(model: ModelConfig) -> list[str]:
     """Logical names of all weights of the model, in layer order."""
     with torch.device("meta"):
         return [name for name, _ in Decoder(model).named_parameters()]
-

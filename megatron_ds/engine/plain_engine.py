@@ -51,9 +51,9 @@ class PlainEngine(GradientsMixin, DeepSpeedEngine):
     def _separate_tied_gradients(self) -> Embedding | None:
         """Give a tied output an alias of the embedding's weight, whose gradient adds up by itself.
 
-        A pipeline adds the gradients of both uses over all micro-batches, each on its own stage, before it sums them. Floats
-        are not associative: only the same order on one stage gives the same bits. Low precision and ZeRO 2-3, which never
-        promise these bits, let autograd sum the two uses per micro-batch and save the second buffer.
+        A pipeline adds the gradients of both uses over all micro-batches, each on its own stage, before it sums them.
+        Floats are not associative: only the same order on one stage gives the same bits. Low precision and ZeRO 2-3,
+        which never promise these bits, let autograd sum the two uses per micro-batch and save the second buffer.
         """
         if not self._reduces_at_end or self.fp16_enabled() or self.bfloat16_enabled() or self.module.output is not None:
             return None

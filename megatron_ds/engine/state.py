@@ -1,8 +1,8 @@
 """The training state by logical name, whatever optimizer wrapper holds it: what checkpoints save and restore.
 
-Every wrapper keeps fp32 weights and optimizer state in tensors of its own shape: the parameters themselves (ZeRO-0), one
-flat shard per parameter group (ZeRO 1-2, bf16), or flat shards per sub-group (ZeRO-3). A ``Slot`` says where a part of a
-weight lies in such a tensor; saving and loading are loops over slots, for any optimizer.
+Every wrapper keeps fp32 weights and optimizer state in tensors of its own shape: the parameters themselves (ZeRO-0),
+one flat shard per parameter group (ZeRO 1-2, bf16), or flat shards per sub-group (ZeRO-3). A ``Slot`` says where a part
+of a weight lies in such a tensor; saving and loading are loops over slots, for any optimizer.
 """
 
 from collections.abc import Iterator
@@ -101,7 +101,7 @@ def counters(engine: DeepSpeedEngine) -> dict:
 
 @torch.no_grad()
 def restore(engine: DeepSpeedEngine, parameters: dict[str, nn.Parameter], checkpoint: Checkpoint, saved: dict) -> None:
-    """Load weights, optimizer state and ``counters`` from a checkpoint of any data-parallel, pipeline or ZeRO layout."""
+    """Load weights, optimizer state and ``counters`` from a checkpoint of any layout."""
     states = _inner(engine).state
     for slot in slots(engine, parameters):
         for kind in checkpoint.kinds(slot.name):

@@ -115,7 +115,7 @@ def distributed(parallel: ParallelConfig) -> Iterator[Groups]:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
-        # Ranks that all use every core slow each other down threefold, and the number of threads shows in the last bits.
+        # Ranks that all use every core slow each other down threefold; and the number of threads shows in the bits.
         torch.set_num_threads(1)
     deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     try:

@@ -39,7 +39,7 @@ def dependencies(kind: Kind, stage: int, micro_batch: int, num_stages: int) -> l
 def one_forward_one_backward(rank: int, num_ranks: int, num_micro_batches: int) -> Iterator[Compute]:
     """1F1B (PipeDream-flush): warm up with forwards, then alternate, then drain the backwards.
 
-    Rank r holds at most ``num_ranks - r`` activations; bubble ``(P - 1) / (m + P - 1)`` (arXiv 2104.04473, section 2.2).
+    Rank r holds at most ``num_ranks - r`` activations; bubble ``(P - 1) / (m + P - 1)`` (arXiv 2104.04473, 2.2).
     """
     warmup = min(num_ranks - rank - 1, num_micro_batches)
     for micro_batch in range(warmup):

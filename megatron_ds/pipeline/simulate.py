@@ -24,9 +24,7 @@ class Simulation:
     """(start, end) of every compute, in table order, per rank."""
 
 
-def simulate(
-    tables: list[Table], num_chunks: int = 1, *, forward: float = 1.0, backward: float = 2.0
-) -> Simulation:
+def simulate(tables: list[Table], num_chunks: int = 1, *, forward: float = 1.0, backward: float = 2.0) -> Simulation:
     """Simulate with the given durations of one chunk's passes.
 
     Raises:

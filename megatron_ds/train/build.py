@@ -235,7 +235,8 @@ def header(config: RunConfig, loaded: LoadedConfig, groups: Groups, directory: R
     """What a user wants to see before the first step."""
     ours = config.megatron_ds
     lines = [
-        f"{ours.monitor.run_name}: generation {ours.generation}, {cost.num_parameters(ours.model):,} parameters, {config.dtype_name}",
+        f"{ours.monitor.run_name}: generation {ours.generation}, {cost.num_parameters(ours.model):,} parameters, "
+        f"{config.dtype_name}",
         f"  layout   {groups.topology.describe()}, ZeRO-{config.zero_optimization.stage}",
         f"  batch    {config.train_batch_size} sequences x {ours.model.seq_length} tokens = "
         f"{config.train_batch_size * ours.model.seq_length:,} tokens per step "
@@ -252,4 +253,6 @@ def _require_same_everywhere(config: RunConfig, groups: Groups) -> None:
     digests = groups.gather_objects(digest)
     if len(set(digests)) > 1:
         odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
-        raise ConfigError(f"ranks {odd} have another configuration than rank 0; start all with the same command and files")
+        raise ConfigError(
+            f"ranks {odd} have another configuration than rank 0; start all with the same command and files"
+        )

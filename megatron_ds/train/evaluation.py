@@ -1,7 +1,7 @@
 """Evaluate the model on the named validation sets: token-weighted loss, perplexity and bits per byte.
 
-A set is a finite list of samples. Its last global batch may be incomplete: the loader fills it with samples that are not
-counted, so every rank has the same number of micro-batches and every token of the set counts once.
+A set is a finite list of samples. Its last global batch may be incomplete: the loader fills it with samples that are
+not counted, so every rank has the same number of micro-batches and every token of the set counts once.
 """
 
 import torch

@@ -34,7 +34,9 @@ def train(run: Run) -> None:
         evaluate(run)
         return
     if run.step >= training.train_iters:
-        run.monitor.message(f"nothing left to train: step {run.step} of {training.train_iters}; raise --train-iters to go on")
+        run.monitor.message(
+            f"nothing left to train: step {run.step} of {training.train_iters}; raise --train-iters to go on"
+        )
         return
     if run.step == 0 and training.eval_interval is not None:
         evaluate(run)

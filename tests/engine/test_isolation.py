@@ -37,7 +37,9 @@ def logits_of_two_batches(groups, mode):
 @pytest.mark.parametrize("pp", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
 def test_changing_a_document_leaves_the_others_bit_identical(mode, pp):
-    (before, after), first = run_ranks(logits_of_two_batches, pp, mode, parallel={"pipeline_model_parallel_size": pp})[-1]
+    (before, after), first = run_ranks(logits_of_two_batches, pp, mode, parallel={"pipeline_model_parallel_size": pp})[
+        -1
+    ]
     assert first.any() and (~first).any()
     assert torch.equal(before[~first], after[~first])
     assert not torch.equal(before[first], after[first])

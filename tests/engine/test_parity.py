@@ -89,7 +89,7 @@ def test_bf16_accumulates_in_fp32_and_follows_fp32(one_rank):
 
 
 def train_fp16(groups, options, steps):
-    """As ``train``, on a CPU that may lack fp16 instructions: PyTorch computes without them, DeepSpeed would not start."""
+    """As ``train``; PyTorch computes fp16 also on a CPU without instructions for it, where DeepSpeed does not start."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True

@@ -72,7 +72,9 @@ def load(groups, options, directory, resaved):
 
 
 def call(function, size, options, *arguments):
-    return run_ranks(function, size, options, *arguments, parallel={"pipeline_model_parallel_size": options.get("pp", 1)})[0]
+    return run_ranks(
+        function, size, options, *arguments, parallel={"pipeline_model_parallel_size": options.get("pp", 1)}
+    )[0]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,9 @@ def test_every_layout_restores_the_same_bits(saved, tmp_path, size, options):
         assert losses == pytest.approx(continued, rel=relative)
 
 
-@pytest.mark.parametrize(("size", "options"), [*LAYOUTS[:1], *LAYOUTS[2:4], *LAYOUTS[6:], (1, {"stage": 1, "dtype": "fp16"})], ids=str)
+@pytest.mark.parametrize(
+    ("size", "options"), [*LAYOUTS[:1], *LAYOUTS[2:4], *LAYOUTS[6:], (1, {"stage": 1, "dtype": "fp16"})], ids=str
+)
 def test_the_same_layout_continues_bit_identically(tmp_path, size, options):
     continued = call(save, size, options, str(tmp_path / "a"))
     assert call(load, size, options, str(tmp_path / "a"), str(tmp_path / "b")) == continued

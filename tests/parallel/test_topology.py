@@ -59,6 +59,6 @@ def fail_on_rank_one(groups):
 
 
 def test_a_failing_rank_is_reported_with_its_traceback():
-    with pytest.raises(RankError, match="rank 1:(.|\n)*broken on purpose"):
+    with pytest.raises(RankError, match=r"rank 1:(.|\n)*broken on purpose"):
         run_ranks(fail_on_rank_one, 2)
     assert run_ranks(sums, 2)[1]["world"] == 3.0  # the pool recovers

@@ -1,6 +1,7 @@
 """Order tables against torch's own generators and the papers' formulas, for every schedule and a grid of sizes."""
 
 import types
+from itertools import combinations, pairwise
 
 import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
@@ -19,7 +20,11 @@ def torch_1f1b(num_ranks, num_micro_batches):
     order = torch_schedules.Schedule1F1B._get_pipeline_order(schedule)
     names = {"FORWARD": "forward", "FULL_BACKWARD": "backward"}
     return [
-        [(names[a.computation_type.name], a.microbatch_index) for a in order[rank] if a and a.computation_type.name in names]
+        [
+            (names[a.computation_type.name], a.microbatch_index)
+            for a in order[rank]
+            if a and a.computation_type.name in names
+        ]
         for rank in range(num_ranks)
     ]
 
@@ -99,15 +104,13 @@ def test_impossible_tables_are_refused():
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 5, 7])
 def test_partition_is_contiguous_and_optimal(num_stages):
-    from itertools import combinations
-
     costs = [3.0, 1.0, 1.0, 4.0, 1.0, 5.0, 9.0]
     bounds = partition(costs, num_stages)
     assert bounds[0] == 0 and bounds[-1] == len(costs) and len(bounds) == num_stages + 1
-    assert all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
+    assert all(a < b for a, b in pairwise(bounds))
 
     def worst(cuts):
-        return max(sum(costs[a:b]) for a, b in zip(cuts, cuts[1:], strict=False))
+        return max(sum(costs[a:b]) for a, b in pairwise(cuts))
 
     every = [(0, *inner, len(costs)) for inner in combinations(range(1, len(costs)), num_stages - 1)]
     assert worst(bounds) == min(map(worst, every))
