@@ -1,6 +1,6 @@
 """A corpus that every machine has: the documentation and the sources of Python's standard library, as JSON lines.
 
-    python -m megatron_ds.data.corpus data/raw --megabytes 8
+    python -m megatron_ds.data.corpus data/raw --megabytes 24
 
 No download and no licence question; the same Python gives the same file. Documents of both kinds come in one scrambled
 but fixed order, so that the share which a split holds out at the end is like the rest.
@@ -19,11 +19,11 @@ from pydoc_data import topics
 from megatron_ds.data.indexed import write_atomically
 from megatron_ds.errors import DataError, run_main
 
-SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"})
+SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "encodings", "pydoc_data"})
 """Not the library itself, or tables rather than text; pydoc_data is read as documentation."""
 
 
-def write_stdlib_corpus(directory: str | Path, megabytes: float = 8.0) -> Path:
+def write_stdlib_corpus(directory: str | Path, megabytes: float = 24.0) -> Path:
     """Write ``stdlib.jsonl``: the language reference, and modules until there are ``megabytes`` MB of text.
 
     Each line has the keys ``source`` and ``text``. Returns the file. Raises DataError if it cannot be written.
@@ -66,10 +66,10 @@ def _main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_ds.data.corpus",
         description="Write the standard library's documentation and sources as JSON lines.",
-        epilog="example: python -m megatron_ds.data.corpus data/raw --megabytes 8",
+        epilog="example: python -m megatron_ds.data.corpus data/raw --megabytes 24",
     )
     parser.add_argument("directory", help="folder to write stdlib.jsonl to")
-    parser.add_argument("--megabytes", type=float, default=8.0, help="size of the text (default: %(default)s)")
+    parser.add_argument("--megabytes", type=float, default=24.0, help="size of the text (default: %(default)s)")
     args = parser.parse_args(argv)
     path = write_stdlib_corpus(args.directory, args.megabytes)
     with open(path, "rb") as file:
