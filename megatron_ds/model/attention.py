@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_ds.config.schema import Attention, FullAttention, HybridAttention, ModelConfig, SoftGateAttention
 from megatron_ds.model.attention_mask import Packing
 from megatron_ds.model.context import Context
+from megatron_ds.model.linear import Linear
 from megatron_ds.model.norm import RMSNorm
 from megatron_ds.model.rotary import rotate
 from megatron_ds.model.tiled_attention import Dropout, tiled_attention
@@ -25,10 +26,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.config, self.index = config, index
         query_size, key_size = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_kv_heads))
-        self.query = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.key = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.value = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.output = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.query = Linear(config.hidden_size, query_size)
+        self.key = Linear(config.hidden_size, key_size)
+        self.value = Linear(config.hidden_size, key_size)
+        self.output = Linear(query_size, config.hidden_size)
         if config.qk_layernorm:
             self.query_norm = RMSNorm(config.head_dim, config.norm_epsilon)
             self.key_norm = RMSNorm(config.head_dim, config.norm_epsilon)

@@ -13,6 +13,7 @@ import torch
 
 from megatron_ds.config.schema import HybridAttention, ModelConfig, SoftGateAttention
 from megatron_ds.model.attention_mask import first_keys, key_ranges
+from megatron_ds.model.linear import linear
 
 Convention = Literal["causal", "executed"]
 
@@ -95,10 +96,11 @@ def measure_gemm_roof(dtype: torch.dtype, device: torch.device, seconds: float =
     while time.perf_counter() < deadline:
         for size in (512, 1024):
             a, b = torch.rand(2, size, size, device=device).to(dtype)
-            out = a @ b
-            started = time.perf_counter()
-            torch.mm(a, b, out=out)
-            best = max(best, 2 * size**3 / (time.perf_counter() - started))
+            for product in (torch.mm, linear):
+                product(a, b)
+                started = time.perf_counter()
+                product(a, b).sum().item()  # reading the result waits for an asynchronous device
+                best = max(best, 2 * size**3 / (time.perf_counter() - started))
     return best
 
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_ds.config.schema import ModelConfig
 from megatron_ds.model.attention import ATTENTION
 from megatron_ds.model.context import Context
+from megatron_ds.model.linear import Linear, linear
 from megatron_ds.model.mlp import MLP
 from megatron_ds.model.norm import FinalNorm, RMSNorm
 from megatron_ds.parallel.random import derive_seed, seed_default_generator
@@ -63,11 +64,11 @@ class DecoderLayer(nn.Module):
         return F.dropout(self.mlp(self.mlp_norm(x_BSD)), self.dropout, self.training) + x_BSD
 
 
-class Output(nn.Linear):
+class Output(Linear):
     """x_BSD -> logits_BSV over the padded vocabulary, with a weight of its own."""
 
     def __init__(self, config: ModelConfig):
-        super().__init__(config.hidden_size, config.padded_vocab_size, bias=False)
+        super().__init__(config.hidden_size, config.padded_vocab_size)
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         return super().forward(x_BSD)
@@ -75,7 +76,7 @@ class Output(nn.Linear):
 
 def tied_output(embedding: Embedding, x_BSD: Tensor, context: Context) -> Tensor:
     """x_BSD -> logits_BSV over the padded vocabulary, with the embedding's weight."""
-    return F.linear(x_BSD, embedding.weight if embedding.output_weight is None else embedding.output_weight)
+    return linear(x_BSD, embedding.weight if embedding.output_weight is None else embedding.output_weight)
 
 
 def _seed_dropout(device: torch.device, context: Context, layer: int | str) -> None:

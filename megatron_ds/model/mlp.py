@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron_ds.config.schema import ModelConfig
+from megatron_ds.model.linear import Linear
 
 
 class MLP(nn.Module):
@@ -17,9 +18,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
-        self.up = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
-        self.down = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
+        self.gate = Linear(config.hidden_size, config.ffn_size)
+        self.up = Linear(config.hidden_size, config.ffn_size)
+        self.down = Linear(config.ffn_size, config.hidden_size)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return self.down(_SwiGLU.apply(self.gate(x_BSD), self.up(x_BSD)))

@@ -7,7 +7,7 @@ library's flash kernel, which does not skip what a mask hides. Scores and softma
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ds.model.attention_mask import Packing, Tile
+
+CACHED_SCORES = 2**19
+"""Scores of a tile that are handled at a time: two megabytes."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,8 @@ class _TiledAttention(torch.autograd.Function):
         out_BHSK = q_BHSK.new_empty(batch, length, heads, width).transpose(1, 2)
         lse_BHS = q_BHSK.new_empty(batch, heads, length, dtype=torch.float32) if with_lse else None
         keep_masks = _keep_masks(dropout, q_BHSK.device)
-        for rows, row_tiles in tiles:
-            part = _Part(rows, row_tiles, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS)
-            for tile in row_tiles:
+        for part in _parts(tiles, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS):
+            for tile in part.tiles:
                 score_NML = part.scores(tile, part.queries(tile))
                 highest_NM = score_NML.amax(-1) if with_lse else None
                 p_NML = torch._softmax(score_NML, -1, False, out=score_NML)
@@ -85,10 +87,8 @@ class _TiledAttention(torch.autograd.Function):
         grad_k_BGSK, grad_v_BGSK = torch.zeros((2, *k_BGSK.shape), dtype=torch.float32, device=k_BGSK.device)
         grad_gate_BHS = None if log_gate_BHS is None else torch.zeros_like(log_gate_BHS)
         keep_masks = _keep_masks(ctx.dropout, q_BHSK.device)
-        for rows, row_tiles in ctx.tiles:
-            part = _Part(rows, row_tiles, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS)
-            grad_k_NSK, grad_v_NSK = grad_k_BGSK[rows].flatten(0, 1), grad_v_BGSK[rows].flatten(0, 1)
-            for tile in row_tiles:
+        for part in _parts(ctx.tiles, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS):
+            for tile in part.tiles:
                 q_NMK, grad_NMK = part.queries(tile), part.take(grad_out_BHSK, tile).float()
                 score_NML = part.scores(tile, q_NMK)
                 p_NML = torch._softmax(score_NML, -1, False, out=score_NML)
@@ -99,7 +99,7 @@ class _TiledAttention(torch.autograd.Function):
                     keep_NML = keep_masks(p_NML)
                     kept_NML = p_NML * keep_NML
                     grad_p_NML.mul_(keep_NML)
-                _accumulate(grad_v_NSK[:, tile.keys], kept_NML, grad_NMK)
+                part.add(grad_v_BGSK, tile, kept_NML, grad_NMK)
                 grad_score_NML = torch._softmax_backward_data(
                     grad_p_NML, p_NML, -1, torch.float32, grad_input=grad_p_NML
                 )
@@ -107,35 +107,34 @@ class _TiledAttention(torch.autograd.Function):
                     grad_score_NML.addcmul_(p_NML, part.take(grad_lse_BHS, tile).unsqueeze(-1))
                 if tile.far is not None:
                     part.put(grad_gate_BHS, tile, part.far_sum(tile, grad_score_NML))
-                _accumulate(grad_k_NSK[:, tile.keys], grad_score_NML, q_NMK)
+                part.add(grad_k_BGSK, tile, grad_score_NML, q_NMK)
                 grad_q_NMK = torch.bmm(grad_score_NML, part.k_NSK[:, tile.keys]).mul_(part.scale)
                 part.put(grad_q_BHSK, tile, grad_q_NMK)
         return grad_q_BHSK, grad_k_BGSK.to(k_BGSK.dtype), grad_v_BGSK.to(v_BGSK.dtype), grad_gate_BHS, None, None, None
 
 
 class _Part:
-    """Some rows of the batch, in fp32 and in the layout of the products.
+    """Some rows and key heads of the batch, in fp32 and in the layout of the products.
 
-    N counts rows x key heads, R the query heads of a key head, Q and L the queries and keys of a tile, M = R * Q.
+    Shape letters: N rows x key heads, R query heads per key head, Q queries and L keys of a tile, M = R * Q.
     """
 
-    def __init__(self, rows, tiles, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS):
-        self.rows, self.groups = rows, k_BGSK.shape[1]
+    def __init__(self, rows: slice, groups: slice, tiles: list[Tile], q_BHSK, k_BGSK, v_BGSK, log_gate_BHS):
+        self.rows, self.groups, self.tiles = rows, groups, tiles
         self.q_BHSK, self.log_gate_BHS = q_BHSK, log_gate_BHS
-        self.k_NSK, self.v_NSK = (x[rows].flatten(0, 1).float().contiguous() for x in (k_BGSK, v_BGSK))
-        self.scale = q_BHSK.shape[-1] ** -0.5
-        self.num_rows, self.repeats = self.k_NSK.shape[0], q_BHSK.shape[1] // self.groups
-        largest = max((tile.end - tile.begin) * (tile.end - tile.first_key) for tile in tiles)
-        self._scratch = self.k_NSK.new_empty(2, self.num_rows * self.repeats * largest)
+        self.scale, self.repeats = q_BHSK.shape[-1] ** -0.5, q_BHSK.shape[1] // k_BGSK.shape[1]
+        self.k_NSK, self.v_NSK = (x[rows, groups].flatten(0, 1).float().contiguous() for x in (k_BGSK, v_BGSK))
+        self.num_heads = self.k_NSK.shape[0]
+        self._scratch = self.k_NSK.new_empty(2, self.num_heads * self.repeats * _largest(tiles))
 
     def scratch(self, tile: Tile, slot: int) -> Tensor:
         """Memory for one of the two score-sized tensors of a tile, used again by the next tile: [N, M, L]."""
-        shape = self.num_rows, self.repeats * (tile.end - tile.begin), tile.end - tile.first_key
+        shape = self.num_heads, self.repeats * (tile.end - tile.begin), tile.end - tile.first_key
         return self._scratch[slot, : math.prod(shape)].view(shape)
 
     def take(self, x: Tensor, tile: Tile) -> Tensor:
         """The tile's queries of x, [B, H, S] or [B, H, S, K], as [N, M] or [N, M, K]."""
-        return self._of(x, tile).reshape(self.num_rows, -1, *x.shape[3:])
+        return self._of(x, tile).reshape(self.num_heads, -1, *x.shape[3:])
 
     def put(self, x: Tensor, tile: Tile, value: Tensor) -> None:
         """Write what ``take`` would read."""
@@ -143,11 +142,11 @@ class _Part:
         target.copy_(value.view(target.shape))
 
     def _of(self, x: Tensor, tile: Tile) -> Tensor:
-        return x[self.rows].unflatten(1, (self.groups, self.repeats))[:, :, :, tile.begin : tile.end]
+        return x.unflatten(1, (-1, self.repeats))[self.rows, self.groups, :, tile.begin : tile.end]
 
     def queries(self, tile: Tile) -> Tensor:
         """q_NMK, scaled."""
-        return (self._of(self.q_BHSK, tile).float() * self.scale).reshape(self.num_rows, -1, self.q_BHSK.shape[-1])
+        return (self._of(self.q_BHSK, tile).float() * self.scale).reshape(self.num_heads, -1, self.q_BHSK.shape[-1])
 
     def scores(self, tile: Tile, q_NMK: Tensor) -> Tensor:
         """Masked and gated scores, in the first scratch memory."""
@@ -161,14 +160,29 @@ class _Part:
             score_NRQL[..., : tile.far.shape[-1]].addcmul_(log_gate_NRQ1, tile.far)
         return score_NML
 
+    def add(self, total_BGSK: Tensor, tile: Tile, weight_NML: Tensor, x_NMK: Tensor) -> None:
+        """total += weight^T x for the tile's keys; not in place, where PyTorch's FLOP counter would not see it."""
+        total_NLK = total_BGSK[self.rows, self.groups].flatten(0, 1)[:, tile.keys]
+        torch.baddbmm(total_NLK, weight_NML.transpose(1, 2), x_NMK, out=total_NLK)
+
     def far_sum(self, tile: Tile, score_NML: Tensor) -> Tensor:
         """Sum over the far keys, [N, R, Q]."""
         return (score_NML.unflatten(1, (self.repeats, -1))[..., : tile.far.shape[-1]] * tile.far).sum(-1)
 
 
-def _accumulate(total_NLK: Tensor, weight_NML: Tensor, x_NMK: Tensor) -> None:
-    """total += weight^T x; written so that PyTorch's FLOP counter, which skips in-place products, sees it."""
-    torch.baddbmm(total_NLK, weight_NML.transpose(1, 2), x_NMK, out=total_NLK)
+def _parts(tiles, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS) -> Iterator[_Part]:
+    """Cut the batch into parts whose scores of a tile stay in a core's cache."""
+    num_groups, repeats = k_BGSK.shape[1], q_BHSK.shape[1] // k_BGSK.shape[1]
+    for rows, row_tiles in tiles:
+        num_rows = len(range(*rows.indices(len(q_BHSK))))
+        num_together = max(1, CACHED_SCORES // (num_rows * repeats * _largest(row_tiles)))
+        for first in range(0, num_groups, num_together):
+            yield _Part(rows, slice(first, first + num_together), row_tiles, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS)
+
+
+def _largest(tiles: list[Tile]) -> int:
+    """Query-key pairs of the largest tile."""
+    return max((tile.end - tile.begin) * (tile.end - tile.first_key) for tile in tiles)
 
 
 def _keep_masks(dropout: Dropout | None, device: torch.device) -> Callable[[Tensor], Tensor]:
