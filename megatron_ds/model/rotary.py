@@ -28,8 +28,8 @@ def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     Every operation is rounded as in Hugging Face's modeling_rope_utils.py: one unit in the last place of a frequency
     is 1e-4 of angle at position 2000.
     """
-    frequency = 1.0 / config.rotary_base ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-    return SCALING[type(config.rope_scaling)](frequency, config.rope_scaling, config)
+    period = config.rotary_base ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    return SCALING[type(config.rope_scaling)](period, config.rope_scaling, config)
 
 
 def rotate(x_BSHK: Tensor, cos_BSK: Tensor, sin_BSK: Tensor) -> Tensor:
@@ -71,23 +71,24 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _default(frequency: Tensor, scaling: DefaultRope, config: ModelConfig) -> tuple[Tensor, float]:
-    return frequency, 1.0
+def _default(period: Tensor, scaling: DefaultRope, config: ModelConfig) -> tuple[Tensor, float]:
+    return 1.0 / period, 1.0
 
 
-def _linear(frequency: Tensor, scaling: LinearRope, config: ModelConfig) -> tuple[Tensor, float]:
-    return frequency / scaling.factor, 1.0
+def _linear(period: Tensor, scaling: LinearRope, config: ModelConfig) -> tuple[Tensor, float]:
+    return 1.0 / period / scaling.factor, 1.0
 
 
-def _llama3(frequency: Tensor, scaling: Llama3Rope, config: ModelConfig) -> tuple[Tensor, float]:
+def _llama3(period: Tensor, scaling: Llama3Rope, config: ModelConfig) -> tuple[Tensor, float]:
     """Keep frequencies that turn often within the original context, interpolate slow ones, blend between the two."""
+    frequency = 1.0 / period
     turns = scaling.original_max_position_embeddings / (2 * math.pi / frequency)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blended = (1 - kept) * frequency / scaling.factor + kept * frequency
     return blended.where(kept > 0, frequency / scaling.factor).where(kept < 1, frequency), 1.0
 
 
-def _yarn(frequency: Tensor, scaling: YarnRope, config: ModelConfig) -> tuple[Tensor, float]:
+def _yarn(period: Tensor, scaling: YarnRope, config: ModelConfig) -> tuple[Tensor, float]:
     """Blend from kept to interpolated over the channels between beta_fast and beta_slow turns (arXiv 2309.00071)."""
 
     def channel(turns: float) -> float:
@@ -97,11 +98,10 @@ def _yarn(frequency: Tensor, scaling: YarnRope, config: ModelConfig) -> tuple[Te
 
     low = max(math.floor(channel(scaling.beta_fast)), 0)
     high = min(math.ceil(channel(scaling.beta_slow)), config.head_dim - 1)
-    ramp = (torch.arange(len(frequency), dtype=torch.float32) - low) / max(high - low, 1e-3)
+    ramp = (torch.arange(len(period), dtype=torch.float32) - low) / max(high - low, 1e-3)
     kept = 1 - ramp.clamp(0, 1)
-    interpolated = 1.0 / (scaling.factor * (1.0 / frequency))
     factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
-    return interpolated * (1 - kept) + frequency * kept, factor
+    return 1.0 / (scaling.factor * period) * (1 - kept) + 1.0 / period * kept, factor
 
 
 SCALING: dict[type[RopeScaling], Callable[[Tensor, RopeScaling, ModelConfig], tuple[Tensor, float]]] = {
@@ -110,4 +110,4 @@ SCALING: dict[type[RopeScaling], Callable[[Tensor, RopeScaling, ModelConfig], tu
     Llama3Rope: _llama3,
     YarnRope: _yarn,
 }
-"""Kind of context extension -> (frequencies, multiplier of cos and sin)."""
+"""Kind of context extension -> function from base^(2c/K) to (frequencies, multiplier of cos and sin)."""
