@@ -103,12 +103,12 @@ class GatedAttention(SelfAttention):
         With e^lse the unnormalised mass, g * full + (1 - g) * local counts near keys once and far keys g times.
         """
         qkv, window = (q_BHSK, k_BGSK, v_BGSK, context.packing), self.config.attention.window
-        far_BHSK, far_lse_BHS = tiled_attention(*qkv, dropout=self.dropout(context, "far"), with_lse=True)
-        near_BHSK, near_lse_BHS = tiled_attention(
-            *qkv, window=window, dropout=self.dropout(context, "near"), with_lse=True
+        full_BHSK, full_lse_BHS = tiled_attention(*qkv, dropout=self.dropout(context, "full"), with_lse=True)
+        local_BHSK, local_lse_BHS = tiled_attention(
+            *qkv, window=window, dropout=self.dropout(context, "local"), with_lse=True
         )
-        far_share_BHS = torch.sigmoid(gate_BHS + far_lse_BHS - near_lse_BHS)
-        return torch.lerp(near_BHSK, far_BHSK, far_share_BHS.unsqueeze(-1).to(q_BHSK.dtype))
+        full_share_BHS = torch.sigmoid(gate_BHS + full_lse_BHS - local_lse_BHS)
+        return torch.lerp(local_BHSK, full_BHSK, full_share_BHS.unsqueeze(-1).to(q_BHSK.dtype))
 
 
 def full_attention(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, packing: Packing, dropout: Dropout | None) -> Tensor:
