@@ -20,6 +20,8 @@ from megatron_ds.errors import DataError
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 NUM_BYTES = 256
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""Everything that makes a tokenizer; its folder may hold a whole model beside them."""
 SPECIAL_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 SPLIT_PATTERN = (

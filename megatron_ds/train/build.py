@@ -19,8 +19,8 @@ from megatron_ds.checkpoint.store import Checkpoint, CheckpointStore, open_check
 from megatron_ds.config.load import LoadedConfig
 from megatron_ds.config.resolve import with_vocabulary
 from megatron_ds.config.schema import DataConfig, RunConfig
+from megatron_ds.data import tokenizer
 from megatron_ds.data.loader import Batch, BatchLoader, Datasets, build_datasets
-from megatron_ds.data.tokenizer import Tokenizer
 from megatron_ds.engine.initialize import Engine, build_engine
 from megatron_ds.engine.state import counters, fragments, restore
 from megatron_ds.errors import ConfigError, MegatronError
@@ -83,7 +83,6 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint of this step; all ranks together."""
         with self.monitor.phase("saving"):
-            tokenizer = self.config.megatron_ds.data.tokenizer
             saved = self.store.save(
                 self.step,
                 fragments(self.engine, self.parameters),
@@ -98,7 +97,7 @@ class Run:
                     "wandb_run_id": self.monitor.run_id,
                 },
                 config=self.config.model_dump(mode="json"),
-                extra_files={"tokenizer": Path(tokenizer)} if tokenizer else {},
+                extra_files=tokenizer_files(self.config.megatron_ds.data),
             )
         self.monitor.checkpoint(CheckpointReport(self.step, saved.path, saved.seconds, saved.bytes))
 
@@ -209,8 +208,16 @@ def resolve_vocabulary(config: RunConfig) -> RunConfig:
     data: DataConfig = config.megatron_ds.data
     if data.tokenizer is None:
         return config
-    tokenizer = Tokenizer.load(data.tokenizer)
-    return with_vocabulary(config, tokenizer.vocab_size, tokenizer.eod_id)
+    loaded = tokenizer.Tokenizer.load(data.tokenizer)
+    return with_vocabulary(config, loaded.vocab_size, loaded.eod_id)
+
+
+def tokenizer_files(data: DataConfig) -> dict[str, Path]:
+    """What a checkpoint keeps of the tokenizer, by name in the checkpoint: an export needs it, wherever it is made."""
+    if data.tokenizer is None:
+        return {}
+    files = {f"tokenizer/{name}": Path(data.tokenizer) / name for name in tokenizer.FILES}
+    return {name: path for name, path in files.items() if path.is_file()}
 
 
 def run_facts(config: RunConfig, groups: Groups) -> RunFacts:
