@@ -5,6 +5,7 @@ They carry the place, the value, the rule and the fix in one message; entry poin
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -54,4 +55,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
+    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     sys.exit(code)
