@@ -44,6 +44,7 @@ def clone(tmp_path_factory):
     return directory
 
 
+@pytest.mark.timeout(1800)
 def test_the_readme_runs_as_written(clone):
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OMP_NUM_THREADS")}
     first, *rest = shell_blocks()
