@@ -37,7 +37,8 @@ def read_json(file: FilePath, findings: Findings) -> Tree | None:
         tree = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         place = f"{file}:{error.lineno}:{error.colno}: {error.msg}"
-        shown = text.splitlines()[error.lineno - 1].strip() if text.strip() else PydanticUndefined
+        lines = text.split("\n")  # as the parser counts; a file cut short is wrong on the line after its last one
+        shown = lines[error.lineno - 1].strip() if text.strip() else PydanticUndefined
         findings.add(Problem((str(file),), shown, f"is not JSON: {place}", _syntax_fix(text, error)))
         return None
     if not isinstance(tree, dict):
@@ -79,6 +80,8 @@ def _syntax_fix(text: str, error: json.JSONDecodeError) -> str:
     before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
     if not text.strip():
         return "the file is empty"
+    if not after:
+        return "the file ends too early, finish it"
     if after.startswith(("/", "#")):
         return "JSON has no comments, delete it"
     # Python 3.13 points at the comma, older versions behind it.

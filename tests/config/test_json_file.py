@@ -26,6 +26,8 @@ def report(file, *flags) -> str:
         ("", 1, "the file is empty"),
         ("{'a': 1}", 1, "correct it there"),
         ('{"a": 1}}', 1, "correct it there"),
+        ('{"megatron_ds": \n', 2, "ends too early"),
+        ('{"a": 1,\n\n', 3, "ends too early"),
     ],
 )
 def test_syntax_errors_have_their_position(tmp_path, text, line, fix):
