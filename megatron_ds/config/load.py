@@ -26,7 +26,20 @@ from megatron_ds.config.values import accepts, show
 __all__ = ["LoadedConfig", "deepspeed_dict", "load_config"]
 
 GENERATION = (OURS, "generation")
-GENERATION_DEFAULTS: dict[str, Tree] = {"v1": {}}
+GENERATION_DEFAULTS: dict[str, Tree] = {
+    "v1": {},
+    "v2": {
+        OURS: {
+            "model": {
+                "attention": {"kind": "full"},
+                "qk_layernorm": False,
+                "rotary_interleaved": True,
+                "norm_epsilon": 1e-5,
+            },
+            "moe": {},
+        }
+    },
+}
 """What a generation sets before the file does, as a raw tree; the schema's own defaults are v1's."""
 
 

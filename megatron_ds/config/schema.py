@@ -147,6 +147,8 @@ class ModelConfig(Section):
     """RMSNorm on every query and key head before the rotary embedding."""
     rotary_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies (theta)."""
+    rotary_interleaved: bool = False
+    """Turn neighbouring channels (2c, 2c + 1) as pairs, instead of channels c and c + K/2."""
     rope_scaling: RopeScaling = DefaultRope()
     """Context extension of the rotary embedding."""
     norm_epsilon: PositiveFloat = 1e-6
@@ -187,6 +189,119 @@ class ModelConfig(Section):
         return -(-self.vocab_size // self.make_vocab_size_divisible_by) * self.make_vocab_size_divisible_by
 
 
+# --- mixture of experts ---------------------------------------------------------------------------------------------
+
+
+class Router(Section):
+    """What both kinds of router share: a coarse stage, a fine stage and the weights of the chosen experts."""
+
+    fine: Literal["none", "bias", "refine"] = "bias"
+    """Fine stage: select by the scores, by scores plus a balancing bias, or by re-scored candidates plus bias."""
+    refine_candidates: PositiveInt | None = None
+    """Coarse candidates that a learned refine stage scores again; by default twice moe_router_topk."""
+    num_groups: PositiveInt | None = None
+    """Groups of neighbouring experts for the coarse stage; by default every expert is a candidate."""
+    group_topk: PositiveInt | None = None
+    """Groups that stay candidates for a token."""
+    norm_topk_prob: bool = True
+    """Divide the weights of the chosen experts by their sum."""
+    scaling_factor: PositiveFloat = 1.0
+    """Factor on the weights of the routed experts."""
+
+
+class SoftmaxRouter(Router):
+    """Scores are a softmax over all experts; a group counts as its best expert."""
+
+    kind: Literal["softmax"] = "softmax"
+
+
+class SigmoidRouter(Router):
+    """Scores are independent sigmoids; a group counts as the sum of its two best experts."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+
+
+RouterConfig = Annotated[SoftmaxRouter | SigmoidRouter, Field(discriminator="kind")]
+
+
+class Dropless(Section):
+    """Every token reaches every expert that it chose."""
+
+    kind: Literal["dropless"] = "dropless"
+
+
+class Capacity(Section):
+    """What both kinds of limited capacity share; evaluation and export are dropless all the same."""
+
+    factor: PositiveFloat = 1.25
+    """Slots of all experts together, as a multiple of the assignments of a micro-batch (tokens x topk)."""
+    drop_policy: Literal["probs", "position"] = "probs"
+    """Which assignments a full expert drops: those of least weight, or the last of the micro-batch."""
+
+
+class FixedCapacity(Capacity):
+    """Every expert has the same number of slots."""
+
+    kind: Literal["fixed"] = "fixed"
+
+
+class DynamicCapacity(Capacity):
+    """The same total of slots, shared out in proportion to each expert's load factor lambda."""
+
+    kind: Literal["dynamic"] = "dynamic"
+    smoothing: Probability = 0.9
+    """Weight of the past in the running mean of lambda."""
+    min_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Least slots of an expert, as a multiple of the mean."""
+    max_share: Annotated[float, Field(ge=1)] = 4.0
+    """Most slots of an expert, as a multiple of the mean."""
+
+
+CapacityConfig = Annotated[Dropless | FixedCapacity | DynamicCapacity, Field(discriminator="kind")]
+
+
+class MoEConfig(Section):
+    """Sparse mixture of experts in place of some feed-forward blocks, see docs/moe.md."""
+
+    num_experts: PositiveInt = 8
+    """Routed experts of a layer."""
+    moe_router_topk: PositiveInt = 2
+    """Experts that a token is sent to."""
+    moe_ffn_hidden_size: PositiveInt | None = None
+    """Feed-forward width of one routed expert; by default that of a dense layer."""
+    moe_shared_expert_intermediate_size: PositiveInt | None = None
+    """Width of the shared expert that every token passes; by default there is none."""
+    moe_layer_freq: PositiveInt | tuple[int, ...] = 1
+    """n: every n-th layer from the first has experts; or a list of one 0 or 1 per layer."""
+    router: RouterConfig = SoftmaxRouter()
+    """How experts are scored and chosen."""
+    moe_input_jitter_eps: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Multiply the router's input by uniform noise in [1 - eps, 1 + eps] during training."""
+    moe_router_bias_update_rate: NonNegativeFloat = 1e-3
+    """Step of the loss-free balancing: bias += rate * sign(1 - lambda) after every optimizer step."""
+    moe_aux_loss_coeff: NonNegativeFloat = 0.0
+    """Coefficient of the Switch balancing loss over a micro-batch."""
+    moe_seq_aux_loss_coeff: NonNegativeFloat = 0.0
+    """Coefficient of the balancing loss within each sequence."""
+    moe_global_aux_loss_coeff: NonNegativeFloat = 0.0
+    """Coefficient of the balancing loss against the load of the last whole global batch."""
+    moe_z_loss_coeff: NonNegativeFloat = 0.0
+    """Coefficient of the mean square of the router's log-sum-exp."""
+    capacity: CapacityConfig = Dropless()
+    """Whether and how an expert's tokens are limited in training."""
+    dispatcher: Literal["local", "all_to_all", "ring", "hierarchical"] = "ring"
+    """How tokens reach experts on other ranks; one expert-parallel rank has nothing to exchange."""
+    wire_dtype: Literal["same", "bf16"] = "same"
+    """Type of activations on the wire; bf16 halves an fp32 exchange and rounds what it carries."""
+    experts: Literal["grouped_mm", "loop"] = "grouped_mm"
+    """Products of the experts: one grouped matrix product, or one after another (the slow reference)."""
+
+    def is_moe_layer(self, index: int) -> bool:
+        """Whether decoder layer ``index`` has experts."""
+        frequency = self.moe_layer_freq
+        return bool(frequency[index]) if isinstance(frequency, tuple) else index % frequency == 0
+
+
 # --- parallel -------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +318,10 @@ class ParallelConfig(Section):
     """Ranks that share every matrix (v3; 1 in v1)."""
     pipeline_model_parallel_size: PositiveInt = 1
     """Pipeline stages."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Data-parallel ranks that share the experts of a layer among them."""
+    expert_ranks_per_node: PositiveInt | None = None
+    """Ranks of a node for the hierarchical dispatcher; by default what the launcher says."""
     schedule: OneForwardOneBackward = OneForwardOneBackward()
     """Order of the forward and backward passes in the pipeline."""
     distributed_timeout_minutes: PositiveFloat = 10.0
@@ -291,14 +410,19 @@ class MonitorConfig(Section):
     """Name of this run; by default the configuration file's. The same name resumes."""
     log_interval: PositiveInt = 10
     """Steps between console lines; the ledger has every step."""
+    dead_expert_steps: PositiveInt = 50
+    """Warn when an expert has received no token for this many steps."""
+    max_expert_imbalance: PositiveFloat = 4.0
+    """Warn when the busiest expert of a layer has more than this multiple of the mean load."""
 
 
 class MegatronDs(Section):
     """Our section of the JSON file."""
 
-    generation: Literal["v1"] = "v1"
-    """Which generation supplies the defaults and the rules: v1 dense."""
+    generation: Literal["v1", "v2"] = "v1"
+    """Which generation supplies the defaults and the rules: v1 dense, v2 mixture of experts."""
     model: ModelConfig = ModelConfig()
+    moe: MoEConfig | None = None
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
