@@ -1,8 +1,9 @@
 """Rotary position embedding: frequencies with their context extensions, fp32 tables, and the rotation itself.
 
-Half-split convention (Hugging Face's rotate_half): channel c and channel c + K/2 of a head form a pair that turns by
-position * frequency[c]. A context extension only changes the frequencies (and, for YaRN, the length of the vectors),
-so the kinds differ in one function each.
+Two channels of a head form a pair that turns by position * frequency[c]: channels c and c + K/2 (half-split, Hugging
+Face's rotate_half), or neighbours 2c and 2c + 1 (interleaved, as in ERNIE and DeepSeek). The families round in their own
+ways, and so does each here: half-split rotates in the dtype of x, interleaved in fp32. A context extension only changes
+the frequencies (and, for YaRN, the length of the vectors), so the kinds differ in one function each.
 """
 
 import math
@@ -13,6 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ds.config.schema import DefaultRope, LinearRope, Llama3Rope, ModelConfig, RopeScaling, YarnRope
+
+Pairs = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""The first and the second channels of all pairs, as views."""
 
 
 def rotary_tables(config: ModelConfig, position_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,40 +36,53 @@ def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     return SCALING[type(config.rope_scaling)](period, config.rope_scaling, config)
 
 
-def rotate(x_BSHK: Tensor, cos_BSK: Tensor, sin_BSK: Tensor) -> Tensor:
+def rotate(x_BSHK: Tensor, cos_BSK: Tensor, sin_BSK: Tensor, interleaved: bool = False) -> Tensor:
     """Turn every head by its position's angles.
 
     Args:
         x_BSHK: queries or keys, any strides.
-        cos_BSK, sin_BSK: tables of K/2 angles, see ``rotary_tables``; cast to the dtype of x.
+        cos_BSK, sin_BSK: fp32 tables of K/2 angles, see ``rotary_tables``.
+        interleaved: pair channels 2c and 2c + 1 and rotate in fp32, instead of c and c + K/2 in the dtype of x.
 
     Returns:
-        x_BHSK, contiguous: the layout in which attention reads it.
+        x_BHSK, contiguous, in the dtype of x: the layout in which attention reads it.
     """
-    return _Rotate.apply(x_BSHK, cos_BSK.to(x_BSHK.dtype), sin_BSK.to(x_BSHK.dtype))
+    if interleaved:
+        return _Rotate.apply(x_BSHK.float(), cos_BSK, sin_BSK, _neighbours).to(x_BSHK.dtype)
+    return _Rotate.apply(x_BSHK, cos_BSK.to(x_BSHK.dtype), sin_BSK.to(x_BSHK.dtype), _halves)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.chunk(2, -1)
+
+
+def _neighbours(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., 0::2], x[..., 1::2]
 
 
 class _Rotate(torch.autograd.Function):
     """The backward pass of a rotation is the rotation by the opposite angle, so no input is kept."""
 
     @staticmethod
-    def forward(ctx, x_BSHK: Tensor, cos_BSK: Tensor, sin_BSK: Tensor) -> Tensor:
+    def forward(ctx, x_BSHK: Tensor, cos_BSK: Tensor, sin_BSK: Tensor, pairs: Pairs) -> Tensor:
         ctx.save_for_backward(cos_BSK, sin_BSK)
+        ctx.pairs = pairs
         x_BHSK = x_BSHK.transpose(1, 2)
         y_BHSK = torch.empty_like(x_BHSK, memory_format=torch.contiguous_format)
-        return _turn(x_BHSK, cos_BSK.unsqueeze(1), sin_BSK.unsqueeze(1), y_BHSK)
+        return _turn(x_BHSK, cos_BSK.unsqueeze(1), sin_BSK.unsqueeze(1), y_BHSK, pairs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_BHSK: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, grad_BHSK: Tensor) -> tuple[Tensor, None, None, None]:
         cos_BSK, sin_BSK = ctx.saved_tensors
         grad_BSHK = grad_BHSK.transpose(1, 2)
         grad_x_BSHK = torch.empty_like(grad_BSHK, memory_format=torch.contiguous_format)
-        return _turn(grad_BSHK, cos_BSK.unsqueeze(2), sin_BSK.neg().unsqueeze(2), grad_x_BSHK), None, None
+        _turn(grad_BSHK, cos_BSK.unsqueeze(2), sin_BSK.neg().unsqueeze(2), grad_x_BSHK, ctx.pairs)
+        return grad_x_BSHK, None, None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
-    (first, second), (out_first, out_second) = x.chunk(2, -1), out.chunk(2, -1)
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, pairs: Pairs) -> Tensor:
+    (first, second), (out_first, out_second) = pairs(x), pairs(out)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out_second).addcmul_(first, sin)
     return out

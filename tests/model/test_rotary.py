@@ -5,6 +5,8 @@ import reference
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.ernie4_5_moe.configuration_ernie4_5_moe import Ernie4_5_MoeConfig
+from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeRotaryEmbedding, apply_rotary_pos_emb
 
 from megatron_ds.config.schema import DefaultRope, LinearRope, Llama3Rope, ModelConfig, YarnRope
 from megatron_ds.model.rotary import frequencies, rotary_tables, rotate
@@ -54,3 +56,43 @@ def test_rotation_and_its_gradient():
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     [got], [want] = torch.autograd.grad((y * weight).sum(), x), torch.autograd.grad((expected * weight).sum(), exact)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+PERMUTATION_K = torch.arange(64).view(2, 32).T.flatten()
+"""Channel of the half-split layout that stands at each place of the interleaved one: 0, 32, 1, 33 ..."""
+
+
+def queries(dtype=torch.float32):
+    return torch.randn(2, 5, 3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def test_interleaved_is_half_split_with_permuted_channels():
+    """The same numbers in the same operations: equal to the last bit, gradient included."""
+    tables = rotary_tables(config(DefaultRope()), torch.tensor([[0, 1, 2, 0, 1], [7, 8, 100, 0, 3]]))
+    half, neighbours = queries().requires_grad_(), queries()[..., PERMUTATION_K].requires_grad_()
+    expected, y = rotate(half, *tables)[..., PERMUTATION_K], rotate(neighbours, *tables, interleaved=True)
+    assert y.is_contiguous() and torch.equal(y, expected)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    [got] = torch.autograd.grad((y * weight).sum(), neighbours)
+    [want] = torch.autograd.grad((expected * weight).sum(), half)
+    assert torch.equal(got, want[..., PERMUTATION_K])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_interleaved_is_ernies_rotation(dtype):
+    """In 16 bits too, as both rotate in fp32 and round once."""
+    x, position_BS = queries(dtype), torch.tensor([[0, 1, 2, 3, 2000], [7, 8, 100, 0, 3]])
+    scaling = YarnRope(factor=4.0, original_max_position_embeddings=512)
+    parameters = {"rope_type": "yarn", "rope_theta": 10000.0, **scaling.model_dump(exclude={"kind"}, exclude_none=True)}
+    theirs = Ernie4_5_MoeConfig(hidden_size=256, num_attention_heads=4, rope_parameters=parameters)
+    cos_sin = Ernie4_5_MoeRotaryEmbedding(theirs)(x, position_BS)
+    expected, _ = apply_rotary_pos_emb(x, x, *cos_sin, unsqueeze_dim=2)
+    y = rotate(x, *rotary_tables(config(scaling), position_BS), interleaved=True)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.transpose(1, 2), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_interleaved_takes_any_strides():
+    tables = rotary_tables(config(DefaultRope()), torch.arange(5).expand(2, 5))
+    strided = queries().movedim(-1, 0).contiguous().movedim(0, -1)
+    assert torch.equal(rotate(strided, *tables, interleaved=True), rotate(queries(), *tables, interleaved=True))
