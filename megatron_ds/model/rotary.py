@@ -1,9 +1,9 @@
 """Rotary position embedding: frequencies with their context extensions, fp32 tables, and the rotation itself.
 
-Two channels of a head form a pair that turns by position * frequency[c]: channels c and c + K/2 (half-split, Hugging
-Face's rotate_half), or neighbours 2c and 2c + 1 (interleaved, as in ERNIE and DeepSeek). The families round in their own
-ways, and so does each here: half-split rotates in the dtype of x, interleaved in fp32. A context extension only changes
-the frequencies (and, for YaRN, the length of the vectors), so the kinds differ in one function each.
+Two channels of a head form a pair that turns by position * frequency[c]: channels c and c + K/2 (half-split, as in
+Hugging Face's rotate_half), or neighbours 2c and 2c + 1 (interleaved, as in ERNIE and DeepSeek). The families round in
+their own ways, and so does each here: half-split rotates in the dtype of x, interleaved in fp32. A context extension
+only changes the frequencies (and, for YaRN, the length of the vectors), so the kinds differ in one function each.
 """
 
 import math
