@@ -9,6 +9,7 @@ depend on the order: all pipeline layouts clip by the same bits.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -16,10 +17,15 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from megatron_ds.config.schema import ModelConfig, MoEConfig
 from megatron_ds.data.loader import Batch
+from megatron_ds.model.moe.sparse_mlp import ExpertLoad, finish_step
 from megatron_ds.optim.grad_norm import clip_coefficient, global_norm, sum_of_squares
 from megatron_ds.parallel.groups import Groups
 from megatron_ds.parallel.random import micro_batch_seed
+
+Objective = Callable[[Tensor, Batch], Tensor]
+"""logits_BSV and the batch to the *sum* of the loss over counted tokens."""
 
 
 class GlobalNorm:
@@ -40,24 +46,58 @@ class GlobalNorm:
         """
         squares = torch.zeros(len(self._slot), dtype=torch.float64, device=self._groups.device)
         for parameter, gradient in parts:
-            if not getattr(parameter, "ds_pipe_replicated", False):
-                squares[self._slot[self._name[id(parameter)]]] += sum_of_squares(gradient)
-        if sharded:
+            replicated = getattr(parameter, "ds_pipe_replicated", False) or not (sharded or self._counts(parameter))
+            name = self._name.get(id(parameter))  # the anchor of a stage without experts has none
+            if name is not None and not replicated:
+                squares[self._slot[name]] += sum_of_squares(gradient)
+        if sharded or self._groups.experts is not None:
             self._groups.sum_over("data", squares)
         self._groups.sum_over("pipe", squares)  # one non-zero term per slot, so the sum is exact
         return global_norm(dict(zip(self._slot, squares.tolist())))
+
+    def _counts(self, parameter: nn.Parameter) -> bool:
+        """Whether the sum over the data ranks, if there is one, takes this whole gradient from this rank."""
+        return self._groups.experts is None or self._groups.holds_first_copy(parameter)
 
 
 class GradientsMixin:
     """Mixed into a ``DeepSpeedEngine`` subclass; see the module docstring."""
 
-    groups: Groups
     global_norm: GlobalNorm
-    seed: int
+    expert_load: ExpertLoad | None = None
+    """What the experts did in the last step; None without experts."""
+
+    def __init__(
+        self,
+        *args,
+        groups: Groups,
+        objective: Objective,
+        seed: int,
+        model_config: ModelConfig,
+        moe: MoEConfig | None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.groups, self.objective, self.seed = groups, objective, seed
+        self.model_config, self.moe = model_config, moe
 
     def dropout_seed(self, step: int, index: int) -> int:
         """Seed of the dropout masks of this data rank's micro-batch ``index``."""
         return micro_batch_seed(self.seed, step, index * self.groups.topology.data + self.groups.index("data"))
+
+    def progress(self, step: int, index: int, num_micro_batches: int) -> dict[str, Any]:
+        """What the layers are told about micro-batch ``index`` of a training step, see ``Context.build``."""
+        return {
+            "step": step,
+            "dropout_seed": self.dropout_seed(step, index),
+            "micro_batch": index,
+            "auxiliary_scale": self.current_loss_scale / num_micro_batches,
+        }
+
+    def finish_experts(self) -> None:
+        """Balance the experts by the load of the step that was just taken."""
+        if self.moe is not None:
+            self.expert_load = finish_step(self.module, self.moe, self.model_config.num_layers, self.groups)
 
     def install_global_norm(self, weight_names: list[str], parameters: dict[str, nn.Parameter]) -> None:
         """Make DeepSpeed's ZeRO wrappers clip by our norm; bf16 with ZeRO-1 keeps DeepSpeed's (its BF16_Optimizer)."""
@@ -120,7 +160,3 @@ class GradientsMixin:
         """Most memory allocated on this rank's accelerator; None on a CPU, which keeps no such count."""
         accelerator = get_accelerator()
         return None if accelerator.device_name() == "cpu" else accelerator.max_memory_allocated()
-
-
-Objective = Callable[[Tensor, Batch], Tensor]
-"""logits_BSV and the batch to the *sum* of the loss over counted tokens."""

@@ -13,10 +13,10 @@ from deepspeed.runtime import zero
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_ds.config.deepspeed_dict import deepspeed_dict
-from megatron_ds.config.schema import ModelConfig, RunConfig
+from megatron_ds.config.schema import ModelConfig, MoEConfig, RunConfig
 from megatron_ds.engine.gradients import Objective
 from megatron_ds.engine.module import StageModule
 from megatron_ds.engine.pipeline_engine import TableEngine
@@ -30,8 +30,8 @@ from megatron_ds.parallel.groups import Groups
 Engine = PlainEngine | TableEngine
 
 
-def build_engine(config: RunConfig, groups: Groups, objective: Objective) -> tuple[Engine, dict[str, nn.Parameter]]:
-    """The engine, and this rank's parameters under their logical names.
+def build_engine(config: RunConfig, groups: Groups, objective: Objective) -> tuple[Engine, dict[str, Tensor]]:
+    """The engine, and this rank's weights under their logical names: parameters, and the routers' buffers.
 
     Args:
         config: resolved configuration.
@@ -48,38 +48,48 @@ def build_engine(config: RunConfig, groups: Groups, objective: Objective) -> tup
     ours = config.megatron_ds
     recompute = ours.training.recompute_granularity
     if groups.topology.pipe > 1:
-        module = StageModule(ours.model, groups, recompute)
-        parameters = module.logical_names()
+        module = StageModule(ours.model, ours.moe, groups, recompute)
     else:
-        module = Decoder(ours.model, recompute).to(groups.device)
-        parameters = dict(module.named_parameters())
+        module = Decoder(ours.model, ours.moe, recompute=recompute, groups=groups).to(groups.device)
+    parameters = {name: weight for name, weight in logical_weights(module).items() if isinstance(weight, nn.Parameter)}
     initialize(parameters.items(), ours.model, ours.training.seed)
+    anchors = [(name, anchor) for name, anchor in module.named_parameters() if name.startswith("anchor.")]
 
     settings = deepspeed_dict(config)
     mpu = module.mpu() if groups.topology.pipe > 1 else None
     deepspeed_groups.mpu = mpu  # DeepSpeed keeps it in a global, where an earlier engine's may still be
+    groups.tell_deepspeed_about_experts()
     zero.partition_parameters.shutdown_init_context()
     arguments = {
         "args": None,
         "model": module,
-        "optimizer": build_optimizer(parameters.items(), config.optimizer, lr=config.optimizer.params.lr),
+        "optimizer": build_optimizer([*parameters.items(), *anchors], config.optimizer, lr=config.optimizer.params.lr),
         "mpu": mpu,
         "config": settings,
         "config_class": DeepSpeedConfig(settings, mpu),
         "groups": groups,
         "objective": objective,
         "seed": ours.training.seed,
+        "model_config": ours.model,
+        "moe": ours.moe,
     }
     if groups.topology.pipe > 1:
         engine: Engine = TableEngine(**arguments, schedule=ours.parallel.schedule.kind)
     else:
         engine = PlainEngine(**arguments)
     zero.partition_parameters.restore_init_context()
-    engine.install_global_norm(weight_names(ours.model), parameters)
-    return engine, parameters
+    engine.install_global_norm(parameter_names(ours.model, ours.moe), parameters)
+    return engine, logical_weights(module)  # asked for again: DeepSpeed's cast of the module has replaced the buffers
 
 
-def weight_names(model: ModelConfig) -> list[str]:
-    """Logical names of all weights of the model, in layer order."""
+def logical_weights(module: Decoder | StageModule) -> dict[str, Tensor]:
+    """Parameters and buffers of a module under the names that checkpoints use."""
+    if isinstance(module, StageModule):
+        return module.logical_names()
+    return dict((*module.named_parameters(), *module.named_buffers()))
+
+
+def parameter_names(model: ModelConfig, moe: MoEConfig | None) -> list[str]:
+    """Logical names of all parameters of the model, in layer order."""
     with torch.device("meta"):
-        return [name for name, _ in Decoder(model).named_parameters()]
+        return [name for name, _ in Decoder(model, moe).named_parameters()]

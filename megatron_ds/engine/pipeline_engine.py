@@ -13,8 +13,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from megatron_ds.data.loader import Batch
-from megatron_ds.engine.gradients import GradientsMixin, Objective
-from megatron_ds.parallel.groups import Groups
+from megatron_ds.engine.gradients import GradientsMixin
 from megatron_ds.parallel.p2p import Letter, Mailbox
 from megatron_ds.pipeline.lowering import Instruction, lower
 from megatron_ds.pipeline.schedule import SCHEDULES, Compute, forward_only, tables
@@ -34,11 +33,10 @@ class InFlight:
 class TableEngine(GradientsMixin, PipelineEngine):
     """Runs any order table. One instance per rank; all ranks call its methods together."""
 
-    def __init__(self, *args, groups: Groups, objective: Objective, schedule: str, seed: int, **kwargs):
+    def __init__(self, *args, schedule: str, **kwargs):
         super().__init__(*args, **kwargs)
-        self.groups, self.objective, self.seed = groups, objective, seed
         self.schedule = SCHEDULES[schedule]
-        self._mailbox = Mailbox(groups)
+        self._mailbox = Mailbox(self.groups)
         self._reserve_pipe_buffers(1)
 
     def train_step(self, batches: list[Batch], *, num_counted: int, step: int) -> Tensor:
@@ -58,6 +56,7 @@ class TableEngine(GradientsMixin, PipelineEngine):
         self._exec_reduce_tied_grads()
         self._exec_reduce_grads()
         self._exec_optimizer_step()
+        self.finish_experts()
         return loss
 
     @torch.no_grad()
@@ -119,8 +118,8 @@ class _Run:
         else:
             x, packing = (letter.open() for letter in self.activations.pop(index))
             x.requires_grad_(self.training)
-        seed = engine.dropout_seed(self.step, index) if self.training else None
-        output = engine.stage_forward(x, *packing, step=self.step, dropout_seed=seed)
+        progress = engine.progress(self.step, index, len(self.batches)) if self.training else {}
+        output = engine.stage_forward(x, *packing, **progress)
         if engine.is_last_stage():
             output = engine.objective(output, batch)
             self.loss += output.detach()

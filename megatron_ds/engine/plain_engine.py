@@ -5,17 +5,15 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from megatron_ds.data.loader import Batch
-from megatron_ds.engine.gradients import GradientsMixin, Objective
+from megatron_ds.engine.gradients import GradientsMixin
 from megatron_ds.model.decoder import Embedding
-from megatron_ds.parallel.groups import Groups
 
 
 class PlainEngine(GradientsMixin, DeepSpeedEngine):
     """Same interface as ``TableEngine``."""
 
-    def __init__(self, *args, groups: Groups, objective: Objective, seed: int, **kwargs):
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.groups, self.objective, self.seed = groups, objective, seed
         # ZeRO 2 and 3 reduce while the backward runs; below that we reduce once, after the last micro-batch.
         self._reduces_at_end = self.zero_optimization_stage() < 2
         self.enable_backward_allreduce = not self._reduces_at_end
@@ -28,8 +26,8 @@ class PlainEngine(GradientsMixin, DeepSpeedEngine):
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
             self.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            seed = self.dropout_seed(step, index)
-            logits = self(batch.token_BS, batch.document_BS, batch.position_BS, step=step, dropout_seed=seed)
+            progress = self.progress(step, index, len(batches))
+            logits = self(batch.token_BS, batch.document_BS, batch.position_BS, **progress)
             loss = self.objective(logits, batch)
             total += loss.detach()
             self.backward(loss * scale, scale_wrt_gas=False)
@@ -37,6 +35,7 @@ class PlainEngine(GradientsMixin, DeepSpeedEngine):
             self._merge_tied_gradients()
             self.allreduce_gradients()
         self.step()
+        self.finish_experts()
         return total
 
     @torch.no_grad()

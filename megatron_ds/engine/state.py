@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from megatron_ds.checkpoint.store import Checkpoint, Fragment
+from megatron_ds.parallel.shard import box_of, full_shape, shard_of
 
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -37,16 +38,18 @@ class Slot:
 
     @property
     def box(self) -> tuple[tuple[int, int], ...]:
-        """The part of the full tensor that this rank's parameter covers: all of it, without tensor parallelism."""
-        return tuple((0, size) for size in self.shape)
+        """The part of the full tensor that this rank's parameter covers."""
+        return box_of(self.parameter) if shard_of(self.parameter) else tuple((0, size) for size in self.shape)
 
 
-def slots(engine: DeepSpeedEngine, parameters: dict[str, nn.Parameter]) -> Iterator[Slot]:
-    """Every part of a weight whose optimizer state this rank holds."""
+def slots(engine: DeepSpeedEngine, weights: dict[str, Tensor]) -> Iterator[Slot]:
+    """Every part of a parameter whose optimizer state this rank holds."""
     optimizer = engine.optimizer
-    for name, parameter in parameters.items():
+    for name, parameter in weights.items():
+        if not isinstance(parameter, nn.Parameter):
+            continue
         if isinstance(optimizer, torch.optim.Optimizer):
-            yield Slot(name, parameter, tuple(parameter.shape), 0, parameter.numel(), parameter, 0)
+            yield Slot(name, parameter, full_shape(parameter), 0, parameter.numel(), parameter, 0)
         elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
             group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = engine.groups.index("data") * parameter.partition_numel()
@@ -56,7 +59,7 @@ def slots(engine: DeepSpeedEngine, parameters: dict[str, nn.Parameter]) -> Itera
         elif parameter._hp_mapping is not None:
             here, there = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
             owner = _shards(optimizer)[parameter._hp_mapping.param_group_index]
-            yield Slot(name, parameter, tuple(parameter.shape), here.start, here.numel, owner, there.start)
+            yield Slot(name, parameter, full_shape(parameter), here.start, here.numel, owner, there.start)
 
 
 def _shards(optimizer) -> list[Tensor]:
@@ -66,14 +69,17 @@ def _shards(optimizer) -> list[Tensor]:
     return optimizer.single_partition_of_fp32_groups
 
 
-def fragments(engine: DeepSpeedEngine, parameters: dict[str, nn.Parameter]) -> Iterator[Fragment]:
+def fragments(engine: DeepSpeedEngine, weights: dict[str, Tensor]) -> Iterator[Fragment]:
     """The fragments that this rank writes: each part of each weight and of its optimizer state exactly once."""
     states = _inner(engine).state
     replicated = isinstance(engine.optimizer, torch.optim.Optimizer)
-    if replicated and engine.groups.index("data") > 0:
-        return
-    for slot in slots(engine, parameters):
+    for name, buffer in weights.items():
+        if not isinstance(buffer, nn.Parameter) and engine.groups.holds_first_copy(buffer):
+            yield Fragment(name, "weight", tuple(buffer.shape), box_of(buffer), 0, buffer.view(-1))
+    for slot in slots(engine, weights):
         if getattr(slot.parameter, "ds_pipe_replicated", False):
+            continue
+        if replicated and not engine.groups.holds_first_copy(slot.parameter):
             continue
         tensors = {"weight": slot.owner} | {
             kind: value for kind, value in states.get(slot.owner, {}).items() if value.shape == slot.owner.shape
@@ -100,10 +106,10 @@ def counters(engine: DeepSpeedEngine) -> dict:
 
 
 @torch.no_grad()
-def restore(engine: DeepSpeedEngine, parameters: dict[str, nn.Parameter], checkpoint: Checkpoint, saved: dict) -> None:
+def restore(engine: DeepSpeedEngine, weights: dict[str, Tensor], checkpoint: Checkpoint, saved: dict) -> None:
     """Load weights, optimizer state and ``counters`` from a checkpoint of any layout."""
     states = _inner(engine).state
-    for slot in slots(engine, parameters):
+    for slot in slots(engine, weights):
         for kind in checkpoint.kinds(slot.name):
             if kind == "weight":
                 target = slot.owner
@@ -114,9 +120,11 @@ def restore(engine: DeepSpeedEngine, parameters: dict[str, nn.Parameter], checkp
             states[slot.owner].update({k: torch.tensor(v, dtype=torch.float32) for k, v in saved["optimizer"].items()})
         if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
             slot.parameter.ds_tensor.view(-1)[: slot.length].copy_(slot.view(slot.owner))
-    if not isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
-        for name, parameter in parameters.items():
-            parameter.copy_(checkpoint.read(name))
+    stage_3 = isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
+    for name, weight in weights.items():
+        if not (stage_3 and isinstance(weight, nn.Parameter)):
+            values = checkpoint.read_range(name, "weight", box_of(weight), 0, weight.numel())
+            weight.copy_(values.view(weight.shape))
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     engine.global_steps = saved["global_steps"]

@@ -25,7 +25,11 @@ class Context:
     window: int | None
     """Width of local layers at this step; None: the configured one."""
     dropout_seed: int | None
-    """Identifies this micro-batch's dropout masks; None where nothing is dropped."""
+    """Identifies this micro-batch's dropout masks and router noise; None where there are none."""
+    micro_batch: int = 0
+    """Index of this micro-batch within the step on this rank."""
+    auxiliary_scale: float = 1.0
+    """Factor on the gradient of auxiliary losses, which enter the graph where they arise."""
     recompute_attention: bool = False
     """Run the core attention again in the backward pass instead of keeping what it computed."""
 
@@ -38,6 +42,8 @@ class Context:
         *,
         step: int | None = None,
         dropout_seed: int | None = None,
+        micro_batch: int = 0,
+        auxiliary_scale: float = 1.0,
     ) -> "Context":
         """The context of one micro-batch.
 
@@ -47,9 +53,18 @@ class Context:
             position_BS: int64 rotary positions, normally restarting at 0 with each document.
             step: optimizer step, for a growing window; None takes the final width.
             dropout_seed: needed when training with dropout, see ``parallel.random.micro_batch_seed``.
+            micro_batch: number of this micro-batch within the step.
+            auxiliary_scale: loss scale over the number of micro-batches, see ``model.moe.balance.attach_loss``.
         """
         window = None if step is None else window_at(config.attention, step)
-        return cls(Packing(document_BS), *rotary_tables(config, position_BS), window, dropout_seed)
+        return cls(
+            Packing(document_BS),
+            *rotary_tables(config, position_BS),
+            window=window,
+            dropout_seed=dropout_seed,
+            micro_batch=micro_batch,
+            auxiliary_scale=auxiliary_scale,
+        )
 
 
 def window_at(attention: Attention, step: int) -> int | None:

@@ -9,19 +9,23 @@ architecture that Hugging Face calls Llama or Qwen3.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ds.config.schema import ModelConfig
+from megatron_ds.config.schema import ModelConfig, MoEConfig
 from megatron_ds.model.attention import ATTENTION
 from megatron_ds.model.context import Context
 from megatron_ds.model.linear import Linear, linear
 from megatron_ds.model.mlp import MLP
 from megatron_ds.model.norm import FinalNorm, RMSNorm
 from megatron_ds.parallel.random import derive_seed, seed_default_generator
+
+if TYPE_CHECKING:  # importing it starts DeepSpeed, which an export does not need
+    from megatron_ds.parallel.groups import Groups
 
 
 class Embedding(nn.Embedding):
@@ -46,7 +50,8 @@ class Embedding(nn.Embedding):
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): x_BSD -> x_BSD."""
 
-    def __init__(self, config: ModelConfig, index: int):
+    def __init__(self, config: ModelConfig, index: int, moe: MoEConfig | None = None, groups: "Groups | None" = None):
+        """``moe`` and ``groups``: see ``layer_list``."""
         super().__init__()
         self.index = index
         self.dropout = config.hidden_dropout
@@ -54,14 +59,17 @@ class DecoderLayer(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.attention = ATTENTION[type(config.attention)](config, index)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.mlp = MLP(config)
+        sparse = moe is not None and moe.is_moe_layer(index)
+        if sparse:
+            from megatron_ds.model.moe.sparse_mlp import sparse_mlp
+        self.mlp = sparse_mlp(config, moe, index, groups) if sparse else MLP(config.hidden_size, config.ffn_size)
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         if self.training and self.drops:
             _seed_dropout(x_BSD.device, context, self.index)
         attended_BSD = self.attention(self.attention_norm(x_BSD), context)
         x_BSD = F.dropout(attended_BSD, self.dropout, self.training) + x_BSD
-        return F.dropout(self.mlp(self.mlp_norm(x_BSD)), self.dropout, self.training) + x_BSD
+        return F.dropout(self.mlp(self.mlp_norm(x_BSD), context), self.dropout, self.training) + x_BSD
 
 
 class Output(Linear):
@@ -102,11 +110,17 @@ class LayerEntry:
         return self.kind(*self.arguments)
 
 
-def layer_list(config: ModelConfig) -> list[LayerEntry]:
-    """The layers in order: embedding, decoder layers, norm, output."""
+def layer_list(config: ModelConfig, moe: MoEConfig | None = None, groups: "Groups | None" = None) -> list[LayerEntry]:
+    """The layers in order: embedding, decoder layers, norm, output.
+
+    Args:
+        config: the decoder.
+        moe: its experts; None for a dense model.
+        groups: ranks that share the experts; None builds all of them here.
+    """
     tied = not config.untie_embeddings_and_output_weights
     embedding = LayerEntry("embedding", Embedding, (config,), tied)
-    layers = [LayerEntry(f"layers.{i}", DecoderLayer, (config, i)) for i in range(config.num_layers)]
+    layers = [LayerEntry(f"layers.{i}", DecoderLayer, (config, i, moe, groups)) for i in range(config.num_layers)]
     norm = LayerEntry("norm", FinalNorm, (config.hidden_size, config.norm_epsilon))
     output = replace(embedding, name="output") if tied else LayerEntry("output", Output, (config,))
     return [embedding, *layers, norm, output]
@@ -135,11 +149,21 @@ def run(layers: Sequence[Callable], x: Tensor, context: Context, recompute: str 
 class Decoder(nn.Module):
     """The whole model in one process."""
 
-    def __init__(self, config: ModelConfig, recompute: str | None = None):
-        """``recompute``: see ``run``. Weights are arbitrary until ``init.initialize`` or a checkpoint fills them."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        moe: MoEConfig | None = None,
+        *,
+        recompute: str | None = None,
+        groups: "Groups | None" = None,
+    ):
+        """``recompute``: see ``run``; ``moe`` and ``groups``: see ``layer_list``.
+
+        Weights are arbitrary until ``init.initialize`` or a checkpoint fills them.
+        """
         super().__init__()
-        self.config, self.recompute = config, recompute
-        *entries, output = layer_list(config)
+        self.config, self.moe, self.recompute = config, moe, recompute
+        *entries, output = layer_list(config, moe, groups)
         self.embedding, *layers, self.norm = (entry.build() for entry in entries)
         self.layers = nn.ModuleList(layers)
         self.output = None if output.tied else output.build()
@@ -149,18 +173,16 @@ class Decoder(nn.Module):
         token_BS: Tensor,
         document_BS: Tensor | None = None,
         position_BS: Tensor | None = None,
-        *,
-        step: int | None = None,
-        dropout_seed: int | None = None,
+        **progress: Any,
     ) -> Tensor:
         """logits_BSV over the padded vocabulary; by default every row is one document.
 
-        For the other arguments see ``Context.build``.
+        ``progress``: step, dropout_seed and the like, see ``Context.build``.
         """
         if document_BS is None:
             document_BS = torch.zeros_like(token_BS)
         if position_BS is None:
             position_BS = torch.arange(token_BS.shape[1], device=token_BS.device).expand_as(token_BS)
-        context = Context.build(self.config, document_BS, position_BS, step=step, dropout_seed=dropout_seed)
+        context = Context.build(self.config, document_BS, position_BS, **progress)
         output = partial(tied_output, self.embedding) if self.output is None else self.output
         return run([self.embedding, *self.layers, self.norm, output], token_BS, context, self.recompute)

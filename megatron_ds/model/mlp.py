@@ -9,20 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from megatron_ds.config.schema import ModelConfig
+from megatron_ds.model.context import Context
 from megatron_ds.model.linear import Linear
 
 
 class MLP(nn.Module):
     """SwiGLU feed-forward block: x_BSD -> x_BSD."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, hidden_size: int, ffn_size: int):
         super().__init__()
-        self.gate = Linear(config.hidden_size, config.ffn_size)
-        self.up = Linear(config.hidden_size, config.ffn_size)
-        self.down = Linear(config.ffn_size, config.hidden_size)
+        self.gate = Linear(hidden_size, ffn_size)
+        self.up = Linear(hidden_size, ffn_size)
+        self.down = Linear(ffn_size, hidden_size)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor:
+        """The context is what other feed-forward blocks need; here it is not looked at."""
         return self.down(_SwiGLU.apply(self.gate(x_BSD), self.up(x_BSD)))
 
 

@@ -1,8 +1,8 @@
-"""Optimizers by name, and the two parameter groups that every one of them gets.
+"""Optimizers by name, and the parameter groups that every one of them gets.
 
-The groups are always "decay" then "no_decay", on every rank: DeepSpeed reduces gradients and shards optimizer state
-group by group, and ranks whose groups differ would wait for each other for ever. The learning rate of a step is written
-into the groups by the training loop (``lr_schedule.py``).
+The groups are always "decay", "no_decay" and then the distributed experts, if there are any, on every rank: DeepSpeed
+reduces gradients and shards optimizer state group by group, and ranks whose groups differ would wait for each other for
+ever. The learning rate of a step is written into the groups by the training loop (``lr_schedule.py``).
 """
 
 from collections.abc import Callable, Iterable
@@ -43,14 +43,20 @@ def build_optimizer(
 
     Returns:
         An optimizer with the groups named "decay" and "no_decay", in this order, each in the order of the parameters.
+        Parameters of distributed experts (which carry DeepSpeed's ``group_name``) are a decayed group of that name.
     """
     decayed: dict[bool, list[Parameter]] = {True: [], False: []}
+    experts: dict[str, list[Parameter]] = {}
     for name, parameter in named_parameters:
-        if parameter.requires_grad:
+        if parameter.requires_grad and hasattr(parameter, "group_name"):
+            experts.setdefault(parameter.group_name, []).append(parameter)
+        elif parameter.requires_grad:
             decayed[is_decayed(name, parameter)].append(parameter)
+    weight_decay = optimizer.params.weight_decay
     groups = [
-        {"name": "decay", "params": decayed[True], "weight_decay": optimizer.params.weight_decay},
+        {"name": "decay", "params": decayed[True], "weight_decay": weight_decay},
         {"name": "no_decay", "params": decayed[False], "weight_decay": 0.0},
+        *({"name": name, "params": own, "weight_decay": weight_decay, "moe": True} for name, own in experts.items()),
     ]
     for group in groups:
         assert group["params"], (

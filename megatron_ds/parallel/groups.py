@@ -11,17 +11,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import ProcessTopology
+from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor
 
 from megatron_ds.config.schema import ParallelConfig
+from megatron_ds.parallel.shard import shard_of
 from megatron_ds.parallel.topology import Axis, Topology
+
+if TYPE_CHECKING:
+    from megatron_ds.parallel.ring import Ring
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """The ranks that share this rank's experts, as rings that tokens travel on."""
+
+    flat: "Ring"
+    """All of them, in the order of the experts."""
+    rails: "Ring | None"
+    """One per node, those with this rank's place in its node; None unless there are several nodes of several ranks."""
+    node: "Ring | None"
+    """Those of this rank's node; None together with ``rails``."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,10 @@ class Groups:
     """The pipe ranks again, for messages that go downstream: one group per direction keeps the streams apart."""
     gradients: dist.ProcessGroup
     """The pipe ranks again, for messages that go upstream."""
+    replica: dist.ProcessGroup
+    """Data ranks that hold the same experts; all data ranks when experts are not distributed."""
+    experts: ExpertGroups | None
+    """None when every rank has all experts."""
 
     @property
     def world_size(self) -> int:
@@ -52,6 +73,10 @@ class Groups:
         """Whether this rank computes the loss."""
         return self.index("pipe") == self.topology.pipe - 1
 
+    def holds_first_copy(self, tensor: Tensor) -> bool:
+        """Whether this is the first of the data ranks that hold the same (part of a) weight."""
+        return self.index("data" if shard_of(tensor) is None else "replica") == 0
+
     def barrier(self) -> None:
         """Wait for every rank."""
         dist.barrier()
@@ -62,9 +87,9 @@ class Groups:
         return tensor
 
     def sum_over(self, axis: Axis, tensor: Tensor) -> Tensor:
-        """In-place sum over this rank's peers along ``pipe`` or ``data``."""
+        """In-place sum over this rank's peers along ``pipe``, ``data`` or ``replica``."""
         if getattr(self.topology, axis) > 1:
-            dist.all_reduce(tensor, group={"pipe": self.pipe, "data": self.data}[axis])
+            dist.all_reduce(tensor, group=getattr(self, axis))
         return tensor
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -89,6 +114,24 @@ class Groups:
         finally:
             if self.rank == 0:
                 self.barrier()
+
+    def tell_deepspeed_about_experts(self) -> None:
+        """Put our expert groups where DeepSpeed looks for them: dictionaries that an earlier engine may have filled."""
+        dictionaries = (
+            (deepspeed_groups._EXPERT_PARALLEL_GROUP, lambda: self.experts.flat.group),
+            (deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS, lambda: self.topology.peers(self.rank, "expert")),
+            (deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP, lambda: self.replica),
+            (deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS, lambda: self.topology.peers(self.rank, "replica")),
+        )
+        for dictionary, value in dictionaries:
+            dictionary.clear()
+            if self.experts is not None:
+                dictionary[self.expert_group_name] = value()
+
+    @property
+    def expert_group_name(self) -> str:
+        """The name under which DeepSpeed knows the expert groups, and the optimizer group of distributed experts."""
+        return f"ep_size_{self.topology.expert}"
 
     def deepspeed_topology(self) -> ProcessTopology:
         """The same grid in DeepSpeed's terms."""
@@ -131,6 +174,7 @@ def build_groups(parallel: ParallelConfig) -> Groups:
         dist.get_world_size(),
         pipe=parallel.pipeline_model_parallel_size,
         tensor=parallel.tensor_model_parallel_size,
+        expert=parallel.expert_model_parallel_size,
     )
     device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
     return Groups(
@@ -141,18 +185,39 @@ def build_groups(parallel: ParallelConfig) -> Groups:
         data=_group_along("data", topology, rank),
         activations=_group_along("pipe", topology, rank),
         gradients=_group_along("pipe", topology, rank),
+        replica=_group_along("replica", topology, rank),
+        experts=_expert_groups(topology, rank, parallel.expert_ranks_per_node) if topology.expert > 1 else None,
     )
+
+
+def _lines(axis: Axis, topology: Topology) -> list[list[int]]:
+    """The ranks of every group along ``axis``."""
+    starts = [rank for rank in range(topology.world_size) if topology.coordinate(rank, axis) == 0]
+    return [topology.peers(start, axis) for start in starts]
 
 
 def _group_along(axis: Axis, topology: Topology, rank: int) -> dist.ProcessGroup:
     """This rank's group along ``axis``; every rank takes part in creating all of them, in the same order."""
     mine = None
-    for first in range(topology.world_size):
-        if topology.coordinate(first, axis) == 0:
-            peers = topology.peers(first, axis)
-            group = dist.new_group(peers)
-            mine = group if rank in peers else mine
+    for peers in _lines(axis, topology):
+        group = dist.new_group(peers)
+        mine = group if rank in peers else mine
     return mine
+
+
+def _expert_groups(topology: Topology, rank: int, ranks_per_node: int | None) -> ExpertGroups:
+    """The rings of the expert axis; nodes are runs of ``ranks_per_node`` neighbours on it."""
+    from megatron_ds.parallel.ring import Ring
+
+    rings = _lines("expert", topology)
+    flat = Ring.build(rings, rank)
+    size = ranks_per_node or int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    size //= topology.tensor
+    if not 1 < size < topology.expert or topology.expert % size:
+        return ExpertGroups(flat, None, None)
+    nodes = [ring[first : first + size] for ring in rings for first in range(0, len(ring), size)]
+    rails = [ring[place::size] for ring in rings for place in range(size)]
+    return ExpertGroups(flat, Ring.build(rails, rank), Ring.build(nodes, rank))
 
 
 def _free_port() -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from megatron_ds.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
 from megatron_ds.config.load import LoadedConfig
@@ -43,8 +43,8 @@ class Run:
     config: RunConfig
     groups: Groups
     engine: Engine
-    parameters: dict[str, nn.Parameter]
-    """This rank's parameters by logical name."""
+    weights: dict[str, Tensor]
+    """This rank's parameters and buffers by logical name."""
     loader: BatchLoader | None
     """Training batches; None with skip_train and no training data."""
     datasets: Datasets
@@ -85,7 +85,7 @@ class Run:
         with self.monitor.phase("saving"):
             saved = self.store.save(
                 self.step,
-                fragments(self.engine, self.parameters),
+                fragments(self.engine, self.weights),
                 rank_state=generator_state(self.groups.device),
                 trainer={
                     "step": self.step,
@@ -104,7 +104,7 @@ class Run:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint of any layout."""
         trainer = checkpoint.trainer
-        restore(self.engine, self.parameters, checkpoint, trainer["engine"])
+        restore(self.engine, self.weights, checkpoint, trainer["engine"])
         state = checkpoint.rank_state(self.groups.rank)
         if state is not None:
             set_generator_state(state, self.groups.device)
@@ -153,7 +153,7 @@ def _assemble(config: RunConfig, loaded: LoadedConfig, groups: Groups, directory
             vocab_size=ours.model.vocab_size,
             eod_id=ours.data.eod_id,
         )
-    engine, parameters = build_engine(config, groups, pretraining(ours.model))
+    engine, weights = build_engine(config, groups, pretraining(ours.model))
     store = CheckpointStore(Path(ours.checkpoint.save or directory.checkpoints), groups)
     checkpoint = open_checkpoint(Path(ours.checkpoint.load), peers=groups) if ours.checkpoint.load else store.newest()
     facts = run_facts(config, groups)
@@ -173,13 +173,13 @@ def _assemble(config: RunConfig, loaded: LoadedConfig, groups: Groups, directory
         config=config,
         groups=groups,
         engine=engine,
-        parameters=parameters,
+        weights=weights,
         loader=train_loader(config, groups, datasets),
         datasets=datasets,
         learning_rate=LearningRate(ours.training, config.optimizer.params.lr),
         store=store,
         monitor=monitor,
-        flops_per_token=cost.flops_per_token(ours.model),
+        flops_per_token=cost.flops_per_token(ours.model, ours.moe),
     )
     monitor.message(header(config, loaded, groups, directory))
     if checkpoint:
@@ -241,9 +241,10 @@ def run_facts(config: RunConfig, groups: Groups) -> RunFacts:
 def header(config: RunConfig, loaded: LoadedConfig, groups: Groups, directory: RunDirectory) -> str:
     """What a user wants to see before the first step."""
     ours = config.megatron_ds
+    active = f" ({cost.active_parameters(ours.model, ours.moe):,} active)" if ours.moe else ""
     lines = [
-        f"{ours.monitor.run_name}: generation {ours.generation}, {cost.num_parameters(ours.model):,} parameters, "
-        f"{config.dtype_name}",
+        f"{ours.monitor.run_name}: generation {ours.generation}, "
+        f"{cost.num_parameters(ours.model, ours.moe):,} parameters{active}, {config.dtype_name}",
         f"  layout   {groups.topology.describe()}, ZeRO-{config.zero_optimization.stage}",
         f"  batch    {config.train_batch_size} sequences x {ours.model.seq_length} tokens = "
         f"{config.train_batch_size * ours.model.seq_length:,} tokens per step "

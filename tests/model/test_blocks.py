@@ -47,7 +47,7 @@ def test_rms_norm_rounds_before_the_weight():
 
 
 def test_swiglu_block():
-    mlp = MLP(ModelConfig(hidden_size=24, ffn_hidden_size=40, num_attention_heads=2))
+    mlp = MLP(24, 40)
 
     def plain(x, w):
         return (F.silu(x @ w["gate.weight"].T) * (x @ w["up.weight"].T)) @ w["down.weight"].T

@@ -45,7 +45,7 @@ def model(attention="hybrid", **changes):
 
 def filled(config, recompute=None, seed=0):
     """A decoder whose weights are large enough for every part of it to matter, norms and gates included."""
-    decoder = Decoder(config, recompute)
+    decoder = Decoder(config, recompute=recompute)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in decoder.named_parameters():
         drawn = torch.randn(parameter.shape, generator=generator)
