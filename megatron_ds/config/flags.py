@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, get_origin
 
 from megatron_ds.config.blend import SET_NAME
-from megatron_ds.config.megatron_flags import ALIASES, ALWAYS, IMPLIED, REFUSED_FLAGS, SHORTHANDS
+from megatron_ds.config.megatron_flags import ALIASES, ALWAYS, IMPLIED, REFUSED_FLAGS, SHORTHANDS, VALUES
 from megatron_ds.config.problems import Findings, Problem
 from megatron_ds.config.tree import LEAVES, OURS, TAG, Leaf, Path, dotted, full_path
-from megatron_ds.config.values import accepts, choices, members, nearest, parse, show, unwrap
+from megatron_ds.config.values import accepts, choices, members, nearest, parse, parse_list, show, unwrap
 
 _NEGATIVE_NUMBER = re.compile(r"-\.?\d")
 CONFIG_FLAGS = ("--deepspeed-config", "--config")
@@ -48,8 +48,8 @@ class Flag:
     @property
     def container(self) -> type | None:
         """tuple for flags with several values, dict for name=value, None for a single value."""
-        origin = get_origin(unwrap(self.annotation)[0])
-        return origin if origin in (tuple, dict) else None
+        origins = [get_origin(unwrap(member)[0]) for member in members(self.annotation)]
+        return next((origin for origin in origins if origin in (tuple, dict)), None)
 
 
 def _by_path() -> dict[Path, tuple[Leaf, ...]]:
@@ -132,7 +132,7 @@ def read_command_line(argv: list[str], findings: Findings) -> CommandLine:
         else:
             _read_other(name, texts, findings)
     for flag, (path, value) in IMPLIED.items():
-        if flag in used and (implied := tuple(path.split("."))) not in line.values:
+        if flag in used and (implied := full_path(tuple(path.split(".")))) not in line.values:
             line.assign(implied, value, flag, findings)
     return line
 
@@ -167,12 +167,13 @@ def _read_flag(flag: Flag, texts: list[str], line: CommandLine, findings: Findin
         value = _named_lists(flag, texts, findings)
         line.assign(flag.path, value, flag.name, findings)
     elif flag.container is tuple:
-        line.assign(flag.path, texts, flag.name, findings)
+        line.assign(flag.path, parse_list(texts, flag.annotation), flag.name, findings)
     elif len(texts) > 1:
         extra = " ".join(texts[1:])
         findings.add(Problem((flag.name,), texts, "takes one value", f"remove {show(extra)}"), flag.path)
     else:
-        line.assign(flag.path, parse(texts[0], flag.annotation), flag.name, findings)
+        text = VALUES.get(flag.name, {}).get(texts[0], texts[0])
+        line.assign(flag.path, parse(text, flag.annotation), flag.name, findings)
 
 
 def _named_lists(flag: Flag, texts: list[str], findings: Findings) -> dict[str, list[str]]:
@@ -196,9 +197,9 @@ def placeholder(flag: Flag) -> str:
     """What stands for the value in help: N, X, TEXT, {full,hybrid} ..."""
     if flag.container is dict:
         return "NAME=PREFIX ..."
-    if flag.container is tuple:
-        return "[WEIGHT] PREFIX ..."
     names = {int: "N", float: "X", str: "TEXT"}
+    if flag.container is tuple:
+        return "N ..." if int in [unwrap(member)[0] for member in members(flag.annotation)] else "[WEIGHT] PREFIX ..."
     words = []
     for member in members(flag.annotation):
         base = unwrap(member)[0]

@@ -35,18 +35,37 @@ ALIASES: dict[str, str] = {
     "--num-key-value-heads": "model.num_query_groups",
     "--layernorm-epsilon": "model.norm_epsilon",
     "--tokenizer-model": "data.tokenizer",
+    "--topk": "moe.moe_router_topk",
+    "--moe-router-score-function": "moe.router.kind",
+    "--moe-router-num-groups": "moe.router.num_groups",
+    "--moe-router-group-topk": "moe.router.group_topk",
+    "--moe-router-topk-scaling-factor": "moe.router.scaling_factor",
+    "--moe-expert-capacity-factor": "moe.capacity.factor",
+    "--moe-token-drop-policy": "moe.capacity.drop_policy",
+    "--moe-token-dispatcher-type": "moe.dispatcher",
+    "--moe-expert-parallel-size": "parallel.expert_model_parallel_size",
 }
 """Flags for DeepSpeed's keys, and second names: flag to path. A number in a path is an element of a list."""
 
 IMPLIED: dict[str, tuple[str, Any]] = {
     "--wandb-project": ("wandb.enabled", True),
     "--tensorboard-dir": ("tensorboard.enabled", True),
+    "--moe-expert-capacity-factor": ("moe.capacity.kind", "fixed"),
 }
 """What a flag switches on besides its own value, unless another flag says otherwise."""
+
+VALUES: dict[str, dict[str, str]] = {
+    "--moe-token-dispatcher-type": {"alltoall": "all_to_all"},
+}
+"""Megatron's words for values that have another name here."""
 
 SHORTHANDS: dict[str, tuple[str, Any]] = {
     "--use-distributed-optimizer": ("zero_optimization.stage", 1),
     "--no-pipeline-parallel": ("parallel.pipeline_model_parallel_size", 1),
+    "--moe-grouped-gemm": ("moe.experts", "grouped_mm"),
+    "--moe-router-pre-softmax": ("moe.router.norm_topk_prob", False),
+    "--moe-router-enable-expert-bias": ("moe.router.fine", "bias"),
+    "--disable-moe-token-dropping": ("moe.capacity.kind", "dropless"),
 }
 """Flags without a value that stand for a setting."""
 
@@ -63,8 +82,12 @@ ALWAYS: dict[str, tuple[tuple[str, ...], str]] = {
     "--weight-decay-incr-style": (("constant",), "weight decay is constant"),
     "--tokenizer-type": (("HuggingFaceTokenizer",), "tokenizers are tokenizer.json files"),
     "--dataloader-type": (("single",), "samples are read once, in an order fixed by the seed"),
-    "--context-parallel-size": (("1",), "v1 has no context parallelism"),
-    "--expert-model-parallel-size": (("1",), "v1 is dense"),
+    "--context-parallel-size": (("1",), "a sample is never cut over ranks"),
+    "--expert-tensor-parallel-size": (("1",), "the matrices of an expert are whole"),
+    "--moe-router-dtype": (("fp32",), "routers compute in fp32"),
+    "--moe-per-layer-logging": ((), "the ledger has the load of every layer"),
+    "--create-moe-param-group": ((), "experts have parameter groups of their own"),
+    "--mlp-type": (("standard",), "moe_shared_expert_intermediate_size alone decides about a shared expert"),
     "--reset-position-ids": ((), "positions restart at every document"),
     "--reset-attention-mask": ((), "packed documents never see each other"),
     "--attention-softmax-in-fp32": ((), "the softmax is computed in fp32"),
@@ -79,10 +102,13 @@ _STEPS = ("length is counted in optimizer steps", "use --train-iters")
 _STEPS_LR = ("schedules count optimizer steps", "use --lr-decay-iters or --lr-warmup-iters")
 _TOKENIZER = ("a tokenizer is one directory with tokenizer.json", "use --tokenizer DIR")
 _SPLITS = ("training data comes from data_path", "use --data-path, and --eval-data-path NAME=PREFIX for validation")
-_DENSE = ("v1 is dense", "leave it out")
-_SCHEDULE = ("v1 has the 1F1B schedule", "leave it out")
+_BALANCE = ("every balancing loss has a coefficient of its own, and they add up",
+            "use --moe-aux-loss-coeff, --moe-seq-aux-loss-coeff or --moe-global-aux-loss-coeff")  # fmt: skip
+_PADDING = ("experts compute the rows that they have, without padding", "leave it out")
+_EXCHANGE = ("the exchange is one of our dispatchers", "use --dispatcher ring")
+_SCHEDULE = ("the schedule is 1F1B", "leave it out")
 _WHOLE = ("a checkpoint is always saved and loaded whole", "leave it out")
-_MODEL = ("v1 has SwiGLU without biases", "leave it out")
+_MODEL = ("the feed-forward block is SwiGLU without biases", "leave it out")
 _OURS = ("overlap is the engine's business", "leave it out")
 REFUSED_FLAGS: dict[str, tuple[str, str]] = {
     "--batch-size": ("Megatron renamed it", "use --micro-batch-size"),
@@ -110,10 +136,24 @@ REFUSED_FLAGS: dict[str, tuple[str, str]] = {
     "--use-rope-scaling": ("scaling has several kinds", "use --rope-scaling llama3"),
     "--squared-relu": _MODEL,
     "--add-qkv-bias": _MODEL,
-    "--multi-latent-attention": ("v1 has grouped-query attention", "leave it out"),
-    "--num-experts": _DENSE,
-    "--moe-router-topk": _DENSE,
-    "--sequence-parallel": ("v1 has no tensor parallelism", "leave it out"),
+    "--multi-latent-attention": ("attention is grouped-query", "leave it out"),
+    "--sequence-parallel": ("there is no tensor parallelism", "leave it out"),
+    "--expert-interval": ("Megatron renamed it, and counts from the first layer", "use --moe-layer-freq"),
+    "--moe-loss-coeff": ("Megatron renamed it", "use --moe-aux-loss-coeff"),
+    "--moe-router-load-balancing-type": _BALANCE,
+    "--moe-train-capacity-factor": ("Megatron renamed it", "use --moe-expert-capacity-factor"),
+    "--moe-eval-capacity-factor": ("evaluation never drops a token", "leave it out"),
+    "--moe-min-capacity": ("the slots of an expert follow from the factor", "use --moe-expert-capacity-factor"),
+    "--moe-pad-expert-input-to-capacity": _PADDING,
+    "--moe-router-padding-for-fp8": _PADDING,
+    "--moe-enable-deepep": _EXCHANGE,
+    "--use-tutel": _EXCHANGE,
+    "--moe-permute-fusion": _OURS,
+    "--moe-shared-expert-overlap": _OURS,
+    "--moe-use-legacy-grouped-gemm": ("PyTorch has the grouped product", "use --moe-grouped-gemm"),
+    "--moe-router-force-load-balancing": ("it ignores what the router learns", "leave it out"),
+    "--moe-use-upcycling": ("experts start from their own seeds", "leave it out"),
+    "--moe-top2-2nd-expert-sampling": ("the choice of experts is not random", "leave it out"),
     "--num-layers-per-virtual-pipeline-stage": _SCHEDULE,
     "--num-virtual-stages-per-pipeline-rank": _SCHEDULE,
     "--enable-zbh1-pipeline": _SCHEDULE,

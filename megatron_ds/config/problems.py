@@ -7,7 +7,10 @@ since mending the first may well mend the second. The report has one numbered li
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_ds.config.tree import Path, dotted, overlap
+from pydantic_core import PydanticUndefined
+
+from megatron_ds.config.schema import RunConfig
+from megatron_ds.config.tree import Path, dotted, full_path, lookup, overlap
 from megatron_ds.config.values import show
 from megatron_ds.errors import ConfigError
 
@@ -26,6 +29,26 @@ class Problem:
     """What to write instead."""
     reads: tuple[Path, ...] = ()
     """The values that a rule looked at; the rule is silent if one of them is spoiled."""
+
+
+def problem(config: RunConfig, where: str, rule: str, fix: str, *reads: str) -> Problem:
+    """A problem at a path of a configuration, which is itself among the values read. Short paths as in ``--set``."""
+    path, *others = (full_path(tuple(text.split("."))) for text in (where, *reads))
+    value: Any = lookup(config.model_dump(mode="json"), path)
+    return Problem(path, PydanticUndefined if value in (None, []) else value, rule, fix, (path, *others))
+
+
+def divisors(value: int) -> list[int]:
+    """All divisors, smallest first."""
+    return [d for d in range(1, value + 1) if value % d == 0]
+
+
+def either(options: list[int]) -> str:
+    """Numbers in words: "1, 2 or 4"; a long list keeps its first and last few."""
+    shown = [str(option) for option in options]
+    if len(shown) > 8:
+        shown = [*shown[:4], "...", *shown[-3:]]
+    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + f" or {shown[-1]}"
 
 
 @dataclass

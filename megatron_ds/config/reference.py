@@ -10,8 +10,9 @@ from pydantic_core import PydanticUndefined
 
 from megatron_ds.config.deepspeed_keys import PIPELINE_REFUSED, REFUSED, ZERO_REFUSED
 from megatron_ds.config.flags import FLAGS, placeholder
-from megatron_ds.config.megatron_flags import ALIASES, ALWAYS, IMPLIED, REFUSED_FLAGS, SHORTHANDS
-from megatron_ds.config.tree import LEAVES, TAG, Leaf, Path, dotted
+from megatron_ds.config.load import GENERATION_DEFAULTS
+from megatron_ds.config.megatron_flags import ALIASES, ALWAYS, IMPLIED, REFUSED_FLAGS, SHORTHANDS, VALUES
+from megatron_ds.config.tree import LEAVES, TAG, Leaf, Path, dotted, flatten
 from megatron_ds.config.values import describe, show
 
 _CONFIGURATION = """\
@@ -78,6 +79,10 @@ def configuration_page() -> str:
         ]
         heading = f"## {title}" + (f" of kind `{variant}`" if variant else "")
         blocks.append(_section(heading, doc, ("key", "type", "default", "flag", "meaning"), rows))
+    for generation, tree in GENERATION_DEFAULTS.items():
+        if rows := [(f"`{dotted(path)}`", f"`{show(value)}`") for path, value in flatten(tree).items()]:
+            note = "Where the file says nothing, this generation differs from the defaults above."
+            blocks.append(_section(f"## Defaults of generation `{generation}`", note, ("key", "default"), rows))
     for name, refused in (("", REFUSED), ("zero_optimization", ZERO_REFUSED), ("pipeline", PIPELINE_REFUSED)):
         rows = [(f"`{key}`", reason, fix) for key, (reason, fix) in refused.items()]
         heading = f"## Refused keys{f' of `{name}`' if name else ''}"
@@ -88,7 +93,7 @@ def configuration_page() -> str:
 
 def from_megatron_page() -> str:
     """docs/from_megatron.md."""
-    theirs = [(f"`{name}`", f"`{path}`", _implied(name)) for name, path in ALIASES.items()]
+    theirs = [(f"`{name}`", f"`{path}`", _renamed(name), _implied(name)) for name, path in ALIASES.items()]
     short = [(f"`{name}`", f"`{path}`", f"`{show(value)}`") for name, (path, value) in SHORTHANDS.items()]
     ours = [
         (f"`{f'{name} {placeholder(flag)}'.strip()}`", f"`{dotted(flag.path)}`")
@@ -100,7 +105,9 @@ def from_megatron_page() -> str:
     return "\n".join(
         [
             _FROM_MEGATRON,
-            _section("## Flags of DeepSpeed's keys, and second names", "", ("flag", "key", "also sets"), theirs),
+            _section(
+                "## Flags of DeepSpeed's keys, and second names", "", ("flag", "key", "value", "also sets"), theirs
+            ),
             _section("## Flags for one value of a key", "", ("flag", "key", "value"), short),
             _section("## Accepted, since it is always so", "", ("flag", "fact"), always),
             _section("## Refused", "", ("flag", "reason", "instead"), refused),
@@ -113,6 +120,10 @@ def _section(heading: str, text: str, columns: tuple[str, ...], rows: list[tuple
     cells = [columns, ("---",) * len(columns), *rows]
     table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
     return "\n".join([heading, "", *([text, ""] if text else []), *table, ""])
+
+
+def _renamed(name: str) -> str:
+    return ", ".join(f"`{theirs}` = `{ours}`" for theirs, ours in VALUES.get(name, {}).items())
 
 
 def _implied(name: str) -> str:

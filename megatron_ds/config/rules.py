@@ -2,30 +2,20 @@
 
 A rule is a small generator: it looks at a configuration and yields the problems it sees, each with the values it read.
 Rules know nothing of one another; a rule whose inputs are already reported as wrong is silenced by ``Findings``. Ranges
-of single values are in the schema; the rules of batch, schedule and data are in ``training_rules.py``.
+of single values are in the schema; ``moe_rules.py`` has the rules of experts, ``training_rules.py`` those of batch,
+schedule and data.
 """
 
 from collections.abc import Callable, Iterator
 
-from megatron_ds.config.problems import Findings, Problem
+from megatron_ds.config.moe_rules import MOE_RULES, MOE_WORLD_RULES
+from megatron_ds.config.problems import Findings, Problem, divisors, either, problem
 from megatron_ds.config.resolve import data_parallel_size, nearest_multiples
 from megatron_ds.config.schema import HybridAttention, Llama3Rope, RunConfig, YarnRope
-from megatron_ds.config.training_rules import TRAINING_RULES, TRAINING_WORLD_RULES, problem
+from megatron_ds.config.training_rules import TRAINING_RULES, TRAINING_WORLD_RULES
 
 Rule = Callable[[RunConfig], Iterator[Problem]]
 WorldRule = Callable[[RunConfig, int], Iterator[Problem]]
-
-
-def _divisors(value: int) -> list[int]:
-    return [d for d in range(1, value + 1) if value % d == 0]
-
-
-def _either(options: list[int]) -> str:
-    """Numbers in words: "1, 2 or 4"; a long list keeps its first and last few."""
-    shown = [str(option) for option in options]
-    if len(shown) > 8:
-        shown = [*shown[:4], "...", *shown[-3:]]
-    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + f" or {shown[-1]}"
 
 
 # --- model ----------------------------------------------------------------------------------------------------------
@@ -46,7 +36,7 @@ def groups_divide_the_heads(config: RunConfig) -> Iterator[Problem]:
     heads = model.num_attention_heads
     if heads % model.num_kv_heads:
         rule = f"must divide num_attention_heads {heads}"
-        fix = f"choose {_either(_divisors(heads))}"
+        fix = f"choose {either(divisors(heads))}"
         yield problem(config, "model.num_query_groups", rule, fix, "model.num_attention_heads")
 
 
@@ -107,10 +97,12 @@ def windows_grow(config: RunConfig) -> Iterator[Problem]:
 # --- parallel axes and ZeRO -----------------------------------------------------------------------------------------
 
 
-def v1_has_whole_matrices(config: RunConfig) -> Iterator[Problem]:
-    if config.megatron_ds.parallel.tensor_model_parallel_size > 1:
-        rule, fix = "generation v1 has no tensor parallelism", "set it to 1 (ZeRO and pipelines save memory too)"
-        yield problem(config, "parallel.tensor_model_parallel_size", rule, fix)
+def matrices_are_whole(config: RunConfig) -> Iterator[Problem]:
+    ours = config.megatron_ds
+    if ours.parallel.tensor_model_parallel_size > 1:
+        rule = f"generation {ours.generation} has no tensor parallelism"
+        fix = "set it to 1 (ZeRO, pipelines and expert parallelism save memory too)"
+        yield problem(config, "parallel.tensor_model_parallel_size", rule, fix, "generation")
 
 
 def every_stage_has_a_layer(config: RunConfig) -> Iterator[Problem]:
@@ -190,8 +182,8 @@ def axes_divide_the_world(config: RunConfig, world_size: int) -> Iterator[Proble
     tensor = parallel.tensor_model_parallel_size
     used = tensor * parallel.pipeline_model_parallel_size
     rule = f"one copy of the model takes {used} ranks, which must divide the world of {world_size}"
-    stages = [d for d in _divisors(world_size) if world_size % (d * tensor) == 0]
-    smaller = f", or set it to {_either(stages)}" if stages else ""
+    stages = [d for d in divisors(world_size) if world_size % (d * tensor) == 0]
+    smaller = f", or set it to {either(stages)}" if stages else ""
     fix = f"launch {nearest_multiples(world_size, used)} ranks{smaller}"
     reads = "parallel.tensor_model_parallel_size"
     yield problem(config, "parallel.pipeline_model_parallel_size", rule, fix, reads)
@@ -208,7 +200,7 @@ def secondary_shards_divide_the_data_axis(config: RunConfig, world_size: int) ->
     elif size > 1 and ranks is not None and ranks % size:
         rule = f"must divide the {ranks} data-parallel ranks"
         reads = ("parallel.pipeline_model_parallel_size", "parallel.tensor_model_parallel_size")
-        yield problem(config, where, rule, f"choose {_either(_divisors(ranks))}", *reads)
+        yield problem(config, where, rule, f"choose {either(divisors(ranks))}", *reads)
 
 
 RULES: tuple[Rule, ...] = (
@@ -219,7 +211,7 @@ RULES: tuple[Rule, ...] = (
     extension_starts_below_its_end,
     frequencies_are_ordered,
     windows_grow,
-    v1_has_whole_matrices,
+    matrices_are_whole,
     every_stage_has_a_layer,
     pipelines_shard_optimizer_states_only,
     offloaded_states_are_sharded,
@@ -227,11 +219,13 @@ RULES: tuple[Rule, ...] = (
     there_is_one_precision,
     half_precision_has_master_weights,
     gradients_travel_in_a_type_that_holds_them,
+    *MOE_RULES,
     *TRAINING_RULES,
 )
 WORLD_RULES: tuple[WorldRule, ...] = (
     axes_divide_the_world,
     secondary_shards_divide_the_data_axis,
+    *MOE_WORLD_RULES,
     *TRAINING_WORLD_RULES,
 )
 

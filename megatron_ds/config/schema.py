@@ -271,8 +271,8 @@ class MoEConfig(Section):
     """Feed-forward width of one routed expert; by default that of a dense layer."""
     moe_shared_expert_intermediate_size: PositiveInt | None = None
     """Width of the shared expert that every token passes; by default there is none."""
-    moe_layer_freq: PositiveInt | tuple[int, ...] = 1
-    """n: every n-th layer from the first has experts; or a list of one 0 or 1 per layer."""
+    moe_layer_freq: PositiveInt | tuple[Literal[0, 1], ...] = 1
+    """n: every n-th layer from the first has experts; or a list with a 1 for every layer that has, else 0."""
     router: RouterConfig = SoftmaxRouter()
     """How experts are scored and chosen."""
     moe_input_jitter_eps: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -315,7 +315,7 @@ class ParallelConfig(Section):
     """How many ranks each axis has; the data axis takes what is left of the world."""
 
     tensor_model_parallel_size: PositiveInt = 1
-    """Ranks that share every matrix (v3; 1 in v1)."""
+    """Ranks that share every matrix (1 in v1 and v2)."""
     pipeline_model_parallel_size: PositiveInt = 1
     """Pipeline stages."""
     expert_model_parallel_size: PositiveInt = 1

@@ -2,15 +2,12 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
-
-from pydantic_core import PydanticUndefined
 
 from megatron_ds.config.blend import SET_NAME, parse_blend, parse_split
-from megatron_ds.config.problems import Problem
+from megatron_ds.config.problems import Problem, problem
 from megatron_ds.config.resolve import Batch, complete_batch, data_parallel_size, peak_lr
 from megatron_ds.config.schema import RunConfig
-from megatron_ds.config.tree import full_path, lookup
+from megatron_ds.config.tree import full_path
 from megatron_ds.errors import ConfigError
 
 _EVAL_SETS = full_path(("data", "eval_data_path"))
@@ -21,13 +18,6 @@ _BATCH = (
     "parallel.pipeline_model_parallel_size",
     "parallel.tensor_model_parallel_size",
 )
-
-
-def problem(config: RunConfig, where: str, rule: str, fix: str, *reads: str) -> Problem:
-    """A problem at a path of a configuration, which is itself among the values read. Short paths as in ``--set``."""
-    path, *others = (full_path(tuple(text.split("."))) for text in (where, *reads))
-    value: Any = lookup(config.model_dump(mode="json"), path)
-    return Problem(path, PydanticUndefined if value in (None, []) else value, rule, fix, (path, *others))
 
 
 # --- batch and schedule ---------------------------------------------------------------------------------------------

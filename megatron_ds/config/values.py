@@ -15,6 +15,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from megatron_ds.config.list_expression import parse_integers
+
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}
 _PLURALS = {int: "integers", float: "numbers", str: "strings"}
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "a multiple of"}
@@ -58,7 +60,8 @@ def describe(annotation: Any) -> str:
         if origin is Literal:
             words.append(("one of " if len(args) > 1 else "") + ", ".join(map(show, args)))
         elif origin is tuple and args[-1] is ...:
-            words.append(f"a list of {_PLURALS[args[0]]}")
+            plural = _PLURALS.get(args[0])
+            words.append(f"a list of {plural}" if plural else f"a list, each {describe(args[0])}")
         elif origin is tuple:
             words.append(f"a list of {len(args)}, each {describe(args[0])}")
         elif origin is dict:
@@ -102,7 +105,17 @@ def parse(text: str, annotation: Any) -> Any:
                 return number(text)
             except ValueError:
                 continue
+    if tuple in map(get_origin, bases) and (integers := parse_integers(text)) is not None:
+        return integers
     return text
+
+
+def parse_list(texts: list[str], annotation: Any) -> Any:
+    """The JSON value of a flag with several words; a single word may also be a single value, where there is such."""
+    if len(texts) == 1 and len(members(annotation)) > 1:
+        return parse(texts[0], annotation)
+    (items,) = (get_args(base)[0] for base, _ in map(unwrap, members(annotation)) if get_origin(base) is tuple)
+    return [parse(text, items) for text in texts]
 
 
 def show(value: Any) -> str:
@@ -136,10 +149,10 @@ def _rewrites(value: Any, annotation: Any) -> Iterator[tuple[Any, str]]:
     """Ways in which a value may have been meant, each with what to change."""
     if isinstance(value, str):
         yield parse(value.strip(), annotation), "without quotes"
+        yield [value], "as a list"
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield str(value), "in quotes"
         if math.isfinite(value):
             yield int(value), "as an integer"
     elif isinstance(value, list):
         yield [str(item) for item in value], "with every item in quotes"
-    yield [value], "as a list"

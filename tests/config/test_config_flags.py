@@ -7,12 +7,12 @@ import pytest
 from megatron_ds.config.check import check
 from megatron_ds.config.flags import FLAGS, KNOWN, LEAVES_AT, flag_name, read_command_line
 from megatron_ds.config.help import help_text
-from megatron_ds.config.megatron_flags import ALIASES, ALWAYS, IMPLIED, REFUSED_FLAGS, SHORTHANDS
+from megatron_ds.config.megatron_flags import ALIASES, ALWAYS, IMPLIED, REFUSED_FLAGS, SHORTHANDS, VALUES
 from megatron_ds.config.problems import Findings
 from megatron_ds.config.tree import LEAF_PATHS, LEAVES, OURS, full_path, lookup, write
 from megatron_ds.config.values import accepts, choices, members, unwrap
 
-MODEL = (OURS, "model")
+MODEL, MOE = (OURS, "model"), (OURS, "moe")
 
 
 def read(text: str):
@@ -58,9 +58,11 @@ def test_every_leaf_of_ours_has_a_flag():
 def test_tables_name_existing_leaves():
     settings = [*SHORTHANDS.values(), *IMPLIED.values()]
     for path, value in settings:
-        (leaf,) = LEAVES_AT[full_path(tuple(path.split(".")))]
-        assert accepts(leaf.annotation, value)
-    assert set(IMPLIED) <= set(ALIASES)
+        leaves = LEAVES_AT[full_path(tuple(path.split(".")))]
+        assert all(accepts(leaf.annotation, value) for leaf in leaves)
+    assert set(IMPLIED) | set(VALUES) <= set(ALIASES)
+    for name, words in VALUES.items():
+        assert all(accepts(FLAGS[name].annotation, ours) for ours in words.values())
     for flag in REFUSED_FLAGS.values():
         mentioned = [word.rstrip(",") for word in flag[1].split() if word.startswith("--")]
         assert set(mentioned) <= {*KNOWN, "--deepspeed_config"}
@@ -118,6 +120,23 @@ def test_variants_that_share_a_leaf_agree_on_how_it_is_written():
         ("--set checkpoint.save=out=1", (OURS, "checkpoint", "save"), "out=1"),
         ("--wandb-project p", ("wandb", "enabled"), True),
         ("--wandb-project p --no-wandb", ("wandb", "enabled"), False),
+        ("--num-experts 4", (*MOE, "num_experts"), 4),
+        ("--router sigmoid", (*MOE, "router", "kind"), "sigmoid"),
+        ("--moe-router-score-function sigmoid", (*MOE, "router", "kind"), "sigmoid"),
+        ("--router-fine refine", (*MOE, "router", "fine"), "refine"),
+        ("--moe-router-pre-softmax", (*MOE, "router", "norm_topk_prob"), False),
+        ("--moe-token-dispatcher-type alltoall", (*MOE, "dispatcher"), "all_to_all"),
+        ("--moe-token-dispatcher-type ring", (*MOE, "dispatcher"), "ring"),
+        ("--moe-expert-capacity-factor 1.5", (*MOE, "capacity", "factor"), 1.5),
+        ("--moe-expert-capacity-factor 1.5", (*MOE, "capacity", "kind"), "fixed"),
+        ("--moe-expert-capacity-factor 1.5 --capacity dynamic", (*MOE, "capacity", "kind"), "dynamic"),
+        ("--expert-model-parallel-size 4", (OURS, "parallel", "expert_model_parallel_size"), 4),
+        ("--moe-layer-freq 2", (*MOE, "moe_layer_freq"), 2),
+        ("--moe-layer-freq 0 1 1 1", (*MOE, "moe_layer_freq"), [0, 1, 1, 1]),
+        ("--moe-layer-freq ([0]*1+[1]*3)", (*MOE, "moe_layer_freq"), [0, 1, 1, 1]),
+        ("--set moe.moe_layer_freq=[0]+3*[1]", (*MOE, "moe_layer_freq"), [0, 1, 1, 1]),
+        ("--set moe.moe_layer_freq=2", (*MOE, "moe_layer_freq"), 2),
+        ("--dead-expert-steps 7", (OURS, "monitor", "dead_expert_steps"), 7),
     ],
 )
 def test_forms_of_a_value(text, path, value):
@@ -180,7 +199,7 @@ def valid_tree(leaf) -> dict:
             if field.is_required():
                 write(tree, other.path, sample(other.annotation))
     if leaf.variant:
-        write(tree, full_path(("model", leaf.path[2], "kind")), leaf.variant)
+        write(tree, (*leaf.path[:3], "kind"), leaf.variant)
     return tree
 
 

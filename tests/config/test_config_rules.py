@@ -115,14 +115,15 @@ CASES = {
             1,
         )
     ],
-    "v1_has_whole_matrices": [
+    "matrices_are_whole": [
         (
-            {"parallel.tensor_model_parallel_size": 2},
+            {"parallel.tensor_model_parallel_size": 2, **generation},
             "parallel.tensor_model_parallel_size",
             "set it to 1",
-            {"parallel.tensor_model_parallel_size": 1},
+            {"parallel.tensor_model_parallel_size": 1, **generation},
             2,
         )
+        for generation in ({}, {"generation": "v2", "moe": {}})
     ],
     "every_stage_has_a_layer": [
         (
@@ -363,6 +364,209 @@ CASES = {
         ({"data.split": "1.2.3"}, "data.split", "969,30,1", {"data.split": "98, 2"}, 1),
     ],
 }
+EP, GROUPS, CHOSEN = "parallel.expert_model_parallel_size", "moe.router.num_groups", "moe.router.group_topk"
+V2 = {"generation": "v2", "moe": {}}
+
+
+def moe(**settings) -> dict:
+    """Settings of a v2 model with 8 experts, top-2; double underscores are dots."""
+    return V2 | {f"moe.{name.replace('__', '.')}": value for name, value in settings.items()}
+
+
+MOE_CASES = {
+    "experts_belong_to_v2": [
+        ({"moe": {}}, "moe", 'generation to "v2"', V2, 1),
+        ({"moe": {"num_experts": 4}, EP: 2}, "moe", 'generation to "v2"', {}, 2),
+        ({"generation": "v2"}, "moe", 'generation to "v1"', V2, 1),
+        ({"generation": "v2", EP: 2}, "moe", "leave moe out", {**V2, EP: 2}, 2),
+    ],
+    "dense_models_have_no_expert_ranks": [({EP: 2}, EP, 'generation to "v2"', {EP: 1}, 2)],
+    "the_layer_pattern_covers_the_model": [
+        (
+            {**moe(moe_layer_freq=[0, 1, 1]), "model.num_layers": 4},
+            "moe.moe_layer_freq",
+            "every layer",
+            {**moe(moe_layer_freq=[0, 1, 1, 0]), "model.num_layers": 4},
+            1,
+        ),
+        (
+            {**moe(moe_layer_freq=[0, 0]), "model.num_layers": 2},
+            "moe.moe_layer_freq",
+            'generation to "v1"',
+            {**moe(moe_layer_freq=[0, 1]), "model.num_layers": 2},
+            1,
+        ),
+    ],
+    "a_token_has_enough_experts": [
+        (moe(moe_router_topk=9), "moe.moe_router_topk", "8 or less", moe(moe_router_topk=8), 1),
+    ],
+    "one_weight_is_not_normalised": [
+        (
+            moe(moe_router_topk=1, router={"kind": kind}),
+            "moe.router.norm_topk_prob",
+            "false",
+            moe(moe_router_topk=1, router={"kind": kind, "norm_topk_prob": False}),
+            1,
+        )
+        for kind in ("softmax", "sigmoid")
+    ],
+    "grouped_products_are_aligned": [
+        (moe(moe_ffn_hidden_size=30), "moe.moe_ffn_hidden_size", "28 or 32", moe(moe_ffn_hidden_size=28), 1),
+        (
+            {**moe(moe_ffn_hidden_size=28), "bf16.enabled": True},
+            "moe.moe_ffn_hidden_size",
+            "24 or 32",
+            {**moe(moe_ffn_hidden_size=28, experts="loop"), "bf16.enabled": True},
+            1,
+        ),
+        (
+            {**V2, "model.hidden_size": 30, "model.num_attention_heads": 3},
+            "model.hidden_size",
+            "28 or 32",
+            {**V2, "model.hidden_size": 36, "model.num_attention_heads": 3},
+            1,
+        ),
+        ({**V2, "model.ffn_hidden_size": 90}, "moe.moe_ffn_hidden_size", '"loop"', {"model.ffn_hidden_size": 90}, 1),
+    ],
+    "groups_say_how_many_stay": [
+        (moe(router__num_groups=4), CHOSEN, "1 to 4", moe(router__num_groups=4, router__group_topk=2), 1),
+        (moe(router__group_topk=2), GROUPS, "null", moe(router__num_groups=2, router__group_topk=2), 1),
+    ],
+    "groups_divide_the_experts": [
+        (
+            moe(router__num_groups=3, router__group_topk=2),
+            GROUPS,
+            "1, 2, 4 or 8",
+            moe(router__num_groups=8, router__group_topk=2),
+            1,
+        ),
+        (
+            moe(router={"kind": "sigmoid", "num_groups": 8, "group_topk": 2}),
+            GROUPS,
+            "1, 2 or 4",
+            moe(router={"kind": "sigmoid", "num_groups": 4, "group_topk": 2}),
+            1,
+        ),
+        (
+            moe(
+                num_experts=1,
+                moe_router_topk=1,
+                router={"kind": "sigmoid", "num_groups": 1, "group_topk": 1, "norm_topk_prob": False},
+            ),
+            GROUPS,
+            "to null",
+            moe(num_experts=1, moe_router_topk=1, router={"kind": "sigmoid", "norm_topk_prob": False}),
+            1,
+        ),
+    ],
+    "chosen_groups_hold_enough_experts": [
+        (
+            moe(router__num_groups=4, router__group_topk=5),
+            CHOSEN,
+            "1 to 4",
+            moe(router__num_groups=4, router__group_topk=4),
+            1,
+        ),
+        (
+            moe(router__num_groups=4, router__group_topk=1, moe_router_topk=3),
+            CHOSEN,
+            "2 or more",
+            moe(router__num_groups=4, router__group_topk=2, moe_router_topk=3),
+            1,
+        ),
+    ],
+    "refined_candidates_fit_the_stages": [
+        (
+            moe(router__refine_candidates=4),
+            "moe.router.refine_candidates",
+            '"refine"',
+            moe(router__refine_candidates=4, router__fine="refine"),
+            1,
+        ),
+        (
+            moe(router__fine="refine", router__refine_candidates=1),
+            "moe.router.refine_candidates",
+            "2 or 8",
+            moe(router__fine="refine", router__refine_candidates=2),
+            1,
+        ),
+        (
+            moe(router__fine="refine", moe_router_topk=5),
+            "moe.router.refine_candidates",
+            "5 or 8",
+            moe(router__fine="refine", moe_router_topk=5, router__refine_candidates=8),
+            1,
+        ),
+        (
+            moe(router={"fine": "refine", "num_groups": 4, "group_topk": 1}),
+            "moe.router.refine_candidates",
+            "choose 2",
+            moe(router={"fine": "refine", "num_groups": 4, "group_topk": 2}),
+            1,
+        ),
+    ],
+    "only_a_bias_is_updated": [
+        (
+            moe(router__fine="none", moe_router_bias_update_rate=0.1),
+            "moe.moe_router_bias_update_rate",
+            '"bias"',
+            moe(router__fine="none", moe_router_bias_update_rate=rate),
+            1,
+        )
+        for rate in (0.0, 1e-3)
+    ],
+    "ranks_divide_the_experts": [
+        ({**moe(num_experts=6), EP: 4}, EP, "1, 2, 3 or 6", {**moe(num_experts=6), EP: 3}, 12),
+    ],
+    "experts_elsewhere_need_an_exchange": [
+        ({**moe(dispatcher="local"), EP: 2}, "moe.dispatcher", '"ring"', moe(dispatcher="local"), 2),
+    ],
+    "nodes_divide_the_expert_ranks": [
+        (
+            {**moe(dispatcher="hierarchical"), EP: 4, "parallel.expert_ranks_per_node": 3},
+            "parallel.expert_ranks_per_node",
+            "1, 2 or 4",
+            {**moe(dispatcher="hierarchical"), EP: 4, "parallel.expert_ranks_per_node": 2},
+            4,
+        ),
+        (
+            {**moe(dispatcher="hierarchical"), EP: 2, "parallel.expert_ranks_per_node": 4},
+            "parallel.expert_ranks_per_node",
+            "1 or 2",
+            {**moe(dispatcher="ring"), EP: 2, "parallel.expert_ranks_per_node": 4},
+            2,
+        ),
+    ],
+    "a_narrow_wire_is_narrower": [
+        ({**moe(wire_dtype="bf16"), "fp16.enabled": True}, "moe.wire_dtype", '"same"', moe(wire_dtype="bf16"), 1),
+    ],
+    "experts_elsewhere_keep_their_parameters": [
+        (
+            {**V2, EP: 2, "zero_optimization.stage": 3},
+            "zero_optimization.stage",
+            "1 or 2",
+            {**V2, "zero_optimization.stage": 3},
+            2,
+        ),
+        (
+            {**V2, EP: 2, **OFFLOAD},
+            "zero_optimization.offload_optimizer.device",
+            '"none"',
+            {**V2, EP: 2, "zero_optimization.stage": 2},
+            2,
+        ),
+    ],
+    "expert_ranks_divide_the_data_axis": [
+        (
+            {**V2, EP: 4, "parallel.pipeline_model_parallel_size": 2},
+            EP,
+            "choose 1 or 2, or launch 8 ranks",
+            {**V2, EP: 2, "parallel.pipeline_model_parallel_size": 2},
+            4,
+        ),
+    ],
+}
+CASES |= MOE_CASES
 ROWS = [(name, *case) for name, cases in CASES.items() for case in cases]
 
 

@@ -8,6 +8,7 @@ import pytest
 from megatron_ds.config import load
 from megatron_ds.config.load import load_config
 from megatron_ds.config.resolve import config_difference
+from megatron_ds.config.schema import MoEConfig
 from megatron_ds.config.tree import flatten
 from megatron_ds.errors import ConfigError
 
@@ -50,6 +51,22 @@ def test_the_world_is_the_launchers(tmp_path, monkeypatch):
     assert load_config(DATA).config.train_batch_size == 6
     monkeypatch.delenv("WORLD_SIZE")
     assert load_config(DATA).config.train_batch_size == 1
+
+
+def test_generation_v2_has_its_own_defaults(tmp_path):
+    v1, v2 = (loaded(tmp_path, ours(generation=name)).config.megatron_ds for name in ("v1", "v2"))
+    assert v1.moe is None and v2.moe == MoEConfig()
+    assert (v2.model.attention.kind, v2.model.rotary_interleaved, v2.model.qk_layernorm) == ("full", True, False)
+    file = ours(generation="v2", model={"attention": {"kind": "hybrid", "window": 8}}, moe={"router": {"fine": "none"}})
+    given = loaded(tmp_path, file, "--num-experts 4 --router-scaling-factor 2.5").config.megatron_ds
+    assert (given.model.attention.kind, given.model.attention.window) == ("hybrid", 8)
+    assert (given.moe.num_experts, given.moe.router.fine, given.moe.router.scaling_factor) == (4, "none", 2.5)
+    assert loaded(tmp_path, flags="--generation v2").config.megatron_ds == v2
+
+
+def test_a_flag_may_open_a_section_that_the_file_closes(tmp_path):
+    file = ours(generation="v2", moe=None)
+    assert loaded(tmp_path, file, "--num-experts 4").config.megatron_ds.moe == MoEConfig(num_experts=4)
 
 
 M, T, A = "train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"
@@ -164,6 +181,8 @@ def test_the_run_is_named_after_the_file(tmp_path):
         "--set zero_optimization.overlap_comm=true tensorboard.job_name=x --tensorboard-dir logs --zero-stage 3",
         "--lr 0.1 --adam-eps 1e-9 --recompute-granularity full --exit-duration-in-mins 0.1 --bf16",
         '--set zero_optimization.offload_optimizer={"device":"cpu"} comms_logger.prof_ops=["all_reduce"]',
+        "--generation v2 --expert-model-parallel-size 5 --num-experts 10 --num-layers 2 --moe-layer-freq 0 1",
+        "--generation v2 --router sigmoid --router-fine refine --capacity dynamic --capacity-min-share 0.5 --fp16",
     ],
 )
 def test_a_resolved_configuration_loads_again_to_itself(tmp_path, flags):

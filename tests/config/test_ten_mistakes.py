@@ -178,6 +178,28 @@ SINGLE = [
     ({}, "--set optimizer.params.betas.2=0.5", "optimizer.params.betas.2", "lists every key"),
     ({}, "--deepspeed run.json", "--deepspeed", "did you mean --deepspeed_config run.json?"),
     ({}, "--config other.json", "--config", "give one file"),
+    (ours(moe={}), "", "megatron_ds.moe", 'set generation to "v2"'),
+    ({}, "--num-experts 8 --moe-router-topk 3", "megatron_ds.moe", 'set generation to "v2"'),
+    ({}, "--expert-model-parallel-size 1 --router-fine bais", "megatron_ds.moe.router.fine", '"bias"'),
+    (ours(generation="v2", moe=None), "", "megatron_ds.moe", "leave moe out"),
+    (ours(generation="v2", moe={"topk": 3}), "", "megatron_ds.moe.topk", "moe.moe_router_topk"),
+    (ours(generation="v2", moe={"router": {"groups": 3}}), "", "megatron_ds.moe.router.groups", "num_groups?"),
+    (ours(generation="v2", moe={"router": "sigmoid"}), "", "megatron_ds.moe.router", '{"kind": "sigmoid"}'),
+    (ours(generation="v2", moe={"capacity": {"factor": 2.0}}), "", "megatron_ds.moe.capacity.factor", '"dynamic"'),
+    (ours(generation="v2", moe={"moe_layer_freq": [0, 2]}), "", "megatron_ds.moe.moe_layer_freq", "the default is 1"),
+    (
+        ours(generation="v2", moe={"moe_layer_freq": "[0]*1+[1]*3"}),
+        "",
+        "megatron_ds.moe.moe_layer_freq",
+        "write [0, 1, 1, 1], without quotes",
+    ),
+    ({}, "--generation v2 --moe-layer-freq 0", "megatron_ds.moe.moe_layer_freq", "the default is 1"),
+    ({}, "--generation v2 --moe-layer-freq 0 1 x", "megatron_ds.moe.moe_layer_freq", "the default is 1"),
+    ({}, "--generation v2 --moe-layer-freq [1]*9**9", "megatron_ds.moe.moe_layer_freq", "the default is 1"),
+    ({}, "--moe-token-dispatcher-type allgather", "megatron_ds.moe.dispatcher", "the default is"),
+    ({}, "--moe-router-load-balancing-type aux_loss", "--moe-router-load-balancing-type", "--moe-aux-loss-coeff"),
+    ({}, "--expert-interval 2", "--expert-interval", "--moe-layer-freq"),
+    ({}, "--generation v2 --moe-token-drop-policy probs", "megatron_ds.moe.capacity.drop_policy", '"fixed"'),
 ]
 
 
