@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 

@@ -1,1 +1,1 @@
-"""Sparse mixture of experts: who is chosen (router, balance), how tokens get there and back (dispatch), what is done."""
+"""Sparse mixture of experts: the choice of experts and its balance, the way of tokens to them and back, their work."""

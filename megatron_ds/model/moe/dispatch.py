@@ -140,7 +140,7 @@ class _Exchange(torch.autograd.Function):
 
 
 def _sorted_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
-    """Positions in the flattened choice, sorted by expert and then by token, without those dropped; counts by expert."""
+    """Places in the flattened choice, sorted by expert, then by token, without those dropped; and counts by expert."""
     expert_A = expert_TK.flatten()
     dropped, *counts = torch.bincount(expert_A + 1, minlength=num_experts + 1).tolist()
     return expert_A.argsort(stable=True)[dropped:], counts

@@ -1,8 +1,8 @@
 """Tokens on their way to experts that other ranks hold, and their results on the way back, with work in between.
 
-The one idea: ``Level(ring, inner)`` looks like what it is built on. It has experts, and passes ``forward``, ``backward``
-and ``weight_gradients`` over rows and their assignments, just as ``Experts`` does; but its experts are those of all
-ranks of a ring, and it passes on to ``inner`` what belongs there. ``Level(flat, experts)`` is the exchange between all
+The one idea: ``Level(ring, inner)`` looks like what it is built on. It has experts, and passes ``forward`` and
+``backward`` over rows and their assignments, just as ``Experts`` does; but its experts are those of all ranks of a
+ring, and it hands on to ``inner`` what belongs there. ``Level(flat, experts)`` is the exchange between all
 ranks. ``Level(rails, Level(node, experts))`` is the one between nodes: a token crosses the network once per node, its
 counterpart there hands it to its neighbours, and the node's results are summed before they cross back.
 

@@ -1,4 +1,4 @@
-"""The experts that a rank holds: SwiGLU blocks computed together, by grouped matrix products over rows sorted by expert.
+"""The experts that a rank holds: SwiGLU blocks, computed by grouped matrix products over rows sorted by expert.
 
 The exchange (``exchange.py``) decides what is computed when, so the passes are explicit and not left to autograd:
 ``forward`` over the rows of one source, ``backward`` for the gradient of these rows, and ``weight_gradients`` over the
