@@ -24,6 +24,7 @@ setup(
         "huggingface_hub>=2.4",
         "jinja2>=3.1",
         "filelock>=4.2",
+        "matplotlib>=3.11",
         "pyarrow>=26",
         "psutil>=7.2",
         "zstandard>=0.25",

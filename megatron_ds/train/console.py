@@ -211,6 +211,8 @@ class LiveView:
             for name, label in (("perf/mfu_pct", "MFU"), ("perf/roof_pct", "of roof")):
                 if name in value:
                     fields.append(f"{value[name]:.0f}% {label}")
+            if "moe/max_over_mean" in value:
+                fields.append(f"busiest expert {value['moe/max_over_mean']:.1f}x")
             memory = value.get("mem/device_peak_gib", value["mem/host_rss_gib"])
             fields.append(f"{memory:.1f} GiB")
         for label, every in (("eval", facts.eval_interval), ("save", facts.save_interval)):

@@ -98,7 +98,7 @@ class Ledger:
             difference = _difference(earlier, row)
             replay = Replay(not difference, difference, last=not self._earlier)
             row = row | {"health/replay_ok": replay.ok}
-        line = json.dumps({key: _encode(value) for key, value in row.items()}, allow_nan=False)
+        line = json.dumps(_encode(row), allow_nan=False)
         self._file.write(line.encode() + b"\n")
         return replay
 
@@ -134,7 +134,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Row]]:
                 raise DataError(
                     f"{path}:{number}: not a ledger row ({error}); remove the line, or move the file away for a new one"
                 ) from error
-            yield line, {key: _decode(value) for key, value in row.items()}
+            yield line, _decode(row)
 
 
 def _whole_lines(path: Path) -> int:
@@ -160,7 +160,11 @@ def _difference(earlier: Row, row: Row) -> str:
 
 
 def _encode(value: Any) -> Any:
-    """A value that strict JSON can hold."""
+    """A value that strict JSON can hold, whatever lists and dicts it is made of."""
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
@@ -168,4 +172,8 @@ def _encode(value: Any) -> Any:
 
 def _decode(value: Any) -> Any:
     """Inverse of ``_encode``."""
+    if isinstance(value, dict):
+        return {key: _decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value

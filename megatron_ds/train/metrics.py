@@ -9,7 +9,10 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # arithmetic needs no torch
+    from megatron_ds.model.moe.sparse_mlp import ExpertLoad
 
 Value = float | int | bool
 GIB = 1 << 30
@@ -62,6 +65,8 @@ class StepRow:
     """Forward and backward of the model, without recomputation (model/cost.py)."""
     host_rss_bytes: int
     device_peak_bytes: int | None = None
+    expert_load: "ExpertLoad | None" = None
+    """What the experts did, if the model has any; ``expert_load.py`` makes metrics of it."""
     extra: Mapping[str, float] = field(default_factory=dict)
     """Further metrics of the step by their full name."""
 
@@ -136,6 +141,20 @@ METRICS: dict[str, Metric] = {
     "mem/device_peak_gib": Metric("GiB", max, "max"),
     "mem/host_rss_gib": Metric("GiB", max, "max"),
     "data/supervised_pct": Metric("%", mean_of_finite, "mean"),
+    "moe/assignments": Metric("1/step"),
+    "moe/load_cv": Metric("1", mean_of_finite, "mean"),
+    "moe/max_over_mean": Metric("1", mean_of_finite, "mean"),
+    "moe/max_over_mean_layer_mean": Metric("1", mean_of_finite, "mean"),
+    "moe/entropy": Metric("1", mean_of_finite, "mean"),
+    "moe/entropy_layer_mean": Metric("1", mean_of_finite, "mean"),
+    "moe/dead_experts": Metric("experts", mean_of_finite, "mean"),
+    "moe/dropped_pct": Metric("%", mean_of_finite, "mean"),
+    "moe/bias_min": Metric("1"),
+    "moe/bias_max": Metric("1"),
+    "moe/rank_max_over_mean": Metric("1", mean_of_finite, "mean"),
+    "moe/bytes_sent": Metric("bytes/step", mean_of_finite, "mean"),
+    "moe/exchange_s": Metric("s/step", mean_of_finite, "mean"),
+    "moe/exposed_s": Metric("s/step", mean_of_finite, "mean"),
     "health/nan_steps": Metric("steps"),
     "health/restarts": Metric("starts"),
     "health/lost_steps": Metric("steps"),

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from pydantic import ValidationError
@@ -26,6 +26,9 @@ from pydantic import ValidationError
 from megatron_ds.config.deepspeed_keys import WandbKeys
 from megatron_ds.config.schema import MonitorConfig
 from megatron_ds.train.console import open_console
+from megatron_ds.train.expert_heatmap import draw_heatmap
+from megatron_ds.train.expert_load import expert_metrics, to_record
+from megatron_ds.train.expert_watch import ExpertWatch
 from megatron_ds.train.ledger import Ledger, Past, Replay
 from megatron_ds.train.metrics import (
     EvalResult,
@@ -39,10 +42,15 @@ from megatron_ds.train.metrics import (
 )
 from megatron_ds.train.run_directory import RunDirectory, State, without_secrets
 
+if TYPE_CHECKING:  # a dense run needs nothing of it
+    from megatron_ds.model.moe.sparse_mlp import ExpertLoad
+
 EventWriter = Callable[[list[tuple[str, float, int]]], None]
 ETA_WINDOW = 100
 """Steps whose mean wall time the remaining time is estimated from."""
 X_AXIS = "progress/tokens"
+SMALL_RECORD = 512
+"""Experts of all layers up to which the ledger keeps each of them at every step, otherwise at every log interval."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,8 @@ class Monitor:
         past = self._ledger.resume(step)
         self._totals = Totals(past, step, facts)
         self._console = open_console(facts, step, sys.stdout)
+        self._watch = ExpertWatch(monitor, self._console.message)
+        self._expert_load: ExpertLoad | None = None
         self._wandb = WandbWriter(wandb_keys, run, self.run_id, facts.name, config, self._console.message)
         self._interval = Interval()
         self._phase: State = "starting"
@@ -124,7 +134,11 @@ class Monitor:
         self._step = row.step
         metrics = step_metrics(row, self._facts)
         metrics |= self._totals.add(row, metrics)
-        replay = self._ledger.append({"kind": "step", "step": row.step, "time": time.time(), **metrics})
+        record: dict[str, Any] = {}
+        if row.expert_load is not None:
+            metrics |= expert_metrics(row.expert_load)
+            record = self._experts(row.step, row.expert_load)
+        replay = self._ledger.append({"kind": "step", "step": row.step, "time": time.time(), **metrics, **record})
         if replay is not None:
             metrics["health/replay_ok"] = replay.ok
             self._say_replay(row.step, replay)
@@ -135,10 +149,16 @@ class Monitor:
 
     @_rank_zero
     def evaluation(self, step: int, results: Mapping[str, EvalResult]) -> None:
-        """Record an evaluation after ``step``; ``results`` by name of the validation set."""
-        metrics = eval_metrics(results)
-        self._write("eval", step, metrics)
+        """Record an evaluation after ``step``; ``results`` by name of the validation set.
+
+        With it goes the load of the experts in that step's training batch, as a record and as a picture.
+        """
+        metrics, load = eval_metrics(results), self._expert_load
+        self._write("eval", step, metrics, {} if load is None else {"experts": to_record(load)})
         self._console.evaluation(step, results)
+        if load is not None:
+            draw_heatmap(load, f"{self._facts.name}: load of the experts at step {step}", self._run.experts)
+            self._wandb.log_image("moe/load", self._run.experts, self._totals.progress)
 
     @_rank_zero
     def checkpoint(self, report: CheckpointReport) -> None:
@@ -177,6 +197,13 @@ class Monitor:
         self._console.phase(state)
         self._run.write_status(state, step=self._step)
 
+    def _experts(self, step: int, load: "ExpertLoad") -> dict[str, Any]:
+        """Watch the experts of a step; what its row of the ledger keeps of each of them."""
+        self._expert_load = load
+        self._watch.step(step, load)
+        due = load.chosen_LE.numel() <= SMALL_RECORD or step % self._log_interval == 0
+        return {"experts": to_record(load)} if due else {}
+
     def _report(self) -> None:
         """Tell everyone but the ledger about the steps since the last report."""
         report, self._interval = self._interval.report(), Interval()
@@ -184,10 +211,11 @@ class Monitor:
         self._publish(report.metrics)
         self._run.write_status(self._phase, step=self._step)
 
-    def _write(self, kind: str, step: int, metrics: dict[str, Value]) -> None:
-        """Record something that happened between steps, in a row of its own."""
-        self._ledger.append({"kind": kind, "step": step, "time": time.time(), **self._totals.progress, **metrics})
-        self._publish(self._totals.progress | metrics)
+    def _write(self, kind: str, step: int, metrics: dict[str, Value], record: Mapping[str, Any] | None = None) -> None:
+        """Record something that happened between steps, in a row of its own; ``record`` is for the ledger alone."""
+        metrics = self._totals.progress | metrics
+        self._ledger.append({"kind": kind, "step": step, "time": time.time(), **metrics, **(record or {})})
+        self._publish(metrics)
 
     def _publish(self, metrics: dict[str, Value]) -> None:
         self._wandb.log(metrics)
@@ -280,6 +308,13 @@ class WandbWriter:
         if self._run is not None:
             self._attempt(lambda: self._log(metrics))
 
+    def log_image(self, name: str, path: Path, progress: Mapping[str, Value]) -> None:
+        """Log a picture; ``progress`` places it on the x axis."""
+        if self._run is not None:
+            import wandb
+
+            self._attempt(lambda: self._log({name: wandb.Image(str(path)), **progress}))
+
     def close(self, exit_code: int) -> None:
         """Finish the run; online, this waits for the upload."""
         if self._run is not None:
@@ -318,7 +353,7 @@ class WandbWriter:
         )
         return wandb.init(mode=mode, settings=quiet, **settings)
 
-    def _log(self, metrics: Mapping[str, Value]) -> None:
+    def _log(self, metrics: Mapping[str, Any]) -> None:
         for name in metrics.keys() - self._defined - {X_AXIS}:
             self._run.define_metric(name, step_metric=X_AXIS, summary=metric(name).summary)
             self._defined.add(name)

@@ -1,9 +1,10 @@
 """The run directory: where everything that a run leaves behind has its place, and the lock that one job holds on it.
 
-``runs/NAME`` holds ``config.json``, ``ledger.jsonl``, ``status.json``, ``wandb/`` and ``checkpoints/``. The same
-command finds the same directory and resumes. Rank 0 acquires it; the operating system releases the lock with the
-process, however it dies, so a crash never locks anyone out. ``status.json`` says in a few words how the run is doing:
-scripts read it instead of the launcher's exit code, which depends on which rank was noticed first.
+``runs/NAME`` holds ``config.json``, ``ledger.jsonl``, ``status.json``, ``experts.png`` of a model with experts,
+``wandb/`` and ``checkpoints/``. The same command finds the same directory and resumes. Rank 0 acquires it; the
+operating system releases the lock with the process, however it dies, so a crash never locks anyone out.
+``status.json`` says in a few words how the run is doing: scripts read it instead of the launcher's exit code, which
+depends on which rank was noticed first.
 """
 
 import json
@@ -33,6 +34,7 @@ class RunDirectory:
         self.config = self.path / "config.json"
         self.ledger = self.path / "ledger.jsonl"
         self.status = self.path / "status.json"
+        self.experts = self.path / "experts.png"
         self.checkpoints = self.path / "checkpoints"
         self._run_id = self.path / "run_id"
         self._lock = FileLock(self.path / ".lock", timeout=0)

@@ -59,6 +59,19 @@ def test_lines_are_strict_json_and_readable_while_the_file_is_open(tmp_path):
     ledger.close()
 
 
+def test_lists_inside_a_row_round_trip_and_survive_a_resume(tmp_path):
+    record = {"load": [[1, 2], [3, 4]], "bias": [[math.inf, -math.inf], [0.1, 2.5]], "none": None}
+    ledger = Ledger(tmp_path / "l")
+    ledger.append(step_row(1) | {"experts": record})
+    ledger.append(step_row(2) | {"experts": record})
+    ledger.close()
+    ledger = Ledger(tmp_path / "l")
+    assert ledger.resume(1).last_step["experts"] == record
+    assert ledger.append(step_row(2) | {"experts": {}}).ok
+    ledger.close()
+    assert [row["experts"] for row in read(tmp_path / "l") if row["kind"] == "step"] == [record, {}]
+
+
 @pytest.mark.parametrize("torn", [b"{", b'{"kind": "step", "step": 4, "train/loss": 0.12', b"\x00" * 9000])
 def test_an_unfinished_last_line_is_ignored_and_then_cut_off(tmp_path, torn):
     path = tmp_path / "l"

@@ -151,7 +151,7 @@ def test_perplexity_of_a_diverged_model_is_infinite_not_an_error():
 
 def test_named_sets_and_extra_metrics_have_rules():
     assert metric("eval/code/loss") is METRICS["eval/loss"]
-    assert metric("moe/entropy").summary is None
+    assert metric("data/epoch").summary is None
 
 
 def test_every_metric_is_documented_with_its_unit():
@@ -235,6 +235,11 @@ def test_live_view_shows_progress_and_health_within_the_width():
     assert narrow[1].strip() == "starting  loss 6.8123  grad 1.23  lr 1.50e-04  8k tok/s"
     assert all(len(line) <= 60 for line in narrow)
     assert len(wide) == len(narrow) == 2
+
+
+def test_live_view_of_a_model_with_experts_shows_the_busiest():
+    metrics = step_metrics(ROW, FACTS) | {"moe/max_over_mean": 1.649}
+    assert "8k tok/s  busiest expert 1.6x  1.5 GiB" in rendered(120, metrics)[1]
 
 
 def test_live_view_before_the_first_step():

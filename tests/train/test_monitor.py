@@ -9,16 +9,21 @@ import os
 import pty
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import psutil
 import pytest
+from expert_loads import expert_load
+from PIL import Image
 
 from megatron_ds.config.deepspeed_keys import WandbKeys
 from megatron_ds.config.schema import MonitorConfig
+from megatron_ds.train.expert_load import to_record
 from megatron_ds.train.ledger import read
 from megatron_ds.train.metrics import METRICS, EvalResult, RunFacts, StepRow
-from megatron_ds.train.monitor import CheckpointReport, Monitor
+from megatron_ds.train.monitor import SMALL_RECORD, CheckpointReport, Monitor
 from megatron_ds.train.run_directory import RunDirectory
 
 FACTS = RunFacts(
@@ -31,12 +36,20 @@ FACTS = RunFacts(
     peak_flops=1e12,
     roof_flops=1e11,
 )
+NUM_EXPERTS = 4
 NAN_STEP = 7
 SKIPPED_STEP = 8
 
 
 def loss_of(step):
     return math.nan if step == NAN_STEP else 8 / (1 + step / 10)
+
+
+def load_of(step, num_experts=NUM_EXPERTS):
+    """Two layers; expert 3 of the second one receives nothing from step 4 to 8."""
+    dead = 4 <= step <= 8
+    even = [64] * num_experts
+    return expert_load([even, [*even[:-1], 0 if dead else 64]], bias=[[0.5] * num_experts, [0.25] * num_experts])
 
 
 def row_of(step):
@@ -56,6 +69,7 @@ def row_of(step):
         flops_per_token=1e8,
         host_rss_bytes=1 << 30,
         device_peak_bytes=1 << 29,
+        expert_load=load_of(step),
     )
 
 
@@ -66,7 +80,7 @@ def monitored(run_dir, first, last, drill="", rank=0):
         run.acquire()
     config = {"megatron_ds": {"model": {"num_layers": 2}}, "comet": {"api_key": "PLANTED-SECRET"}}
     monitor = Monitor(
-        MonitorConfig(log_interval=5),
+        MonitorConfig(log_interval=5, dead_expert_steps=3),
         WandbKeys(enabled=True, project="p", group="g"),
         run,
         FACTS,
@@ -101,7 +115,10 @@ def launch(run_dir, first, last, drill="", **env):
     kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     done = subprocess.run(
         [sys.executable, __file__, str(run_dir), str(first), str(last), drill],
-        env=kept | {"HOME": str(home), "WANDB_ERROR_REPORTING": "false"} | env,
+        # matplotlib keeps its list of fonts, as in a run, and W&B is alone in the empty home.
+        env=kept
+        | {"HOME": str(home), "WANDB_ERROR_REPORTING": "false", "MPLCONFIGDIR": matplotlib.get_cachedir()}
+        | env,
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -212,6 +229,70 @@ def test_the_status_follows_the_phases(tmp_path, monkeypatch, capsys):
     look()
     run.release()
     assert seen == [("starting", None), ("training", 0), ("saving", 1), ("training", 1), ("failed", 1)]
+
+
+# --- experts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_ledger_keeps_every_expert_of_every_step(first_life):
+    _, run_dir = first_life
+    rows = [row for row in read(run_dir / "ledger.jsonl") if row["kind"] == "step"]
+    assert [row["experts"] for row in rows] == [to_record(load_of(step)) for step in range(1, 14)]
+    assert [sum(map(sum, row["experts"]["load"])) for row in rows] == [row["moe/assignments"] for row in rows]
+    assert [row["moe/dead_experts"] for row in rows] == [0] * 3 + [1] * 5 + [0] * 5
+    (evaluation,) = (row for row in read(run_dir / "ledger.jsonl") if row["kind"] == "eval")
+    assert evaluation["experts"] == to_record(load_of(10))
+
+
+def test_the_console_warns_of_a_dead_expert_and_of_its_end(first_life):
+    printed, _ = first_life
+    assert [line for line in printed.splitlines() if "received" in line] == [
+        "step 6: layer 1: expert 3 received nothing for 3 steps; raise --moe-router-bias-update-rate",
+        "step 9: layer 1: expert 3 received tokens again",
+    ]
+
+
+def test_the_picture_of_the_last_evaluation_is_in_the_run_directory_and_in_wandb(first_life, records):
+    _, run_dir = first_life
+    with Image.open(run_dir / "experts.png") as image:
+        image.verify()
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    (row,) = (row for row in rows if "moe/load.path" in row)
+    assert (row["progress/tokens"], row["moe/load._type"]) == (1280, "image-file")
+    (copy,) = (run_dir / "wandb").glob("offline-run-*/files/media/images/moe/*.png")
+    assert copy.read_bytes() == (run_dir / "experts.png").read_bytes()
+
+
+def test_a_large_record_is_kept_at_log_intervals_and_evaluations_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run, events = RunDirectory(tmp_path / "tiny"), []
+    run.acquire()
+    monitor = Monitor(
+        MonitorConfig(log_interval=5), WandbKeys(), run, FACTS, rank=0, config={}, event_writer=events.extend
+    )
+    for step in range(1, 8):
+        monitor.step(replace(row_of(step), expert_load=load_of(step, num_experts=SMALL_RECORD // 2 + 1)))
+    monitor.evaluation(7, {"validation": EvalResult(2.0, 100)})
+    monitor.close("finished")
+    run.release()
+    rows = read(run.ledger)
+    assert [(row["kind"], row["step"]) for row in rows if "experts" in row] == [("step", 5), ("eval", 7)]
+    assert all("moe/max_over_mean" in row for row in rows if row["kind"] == "step")
+    assert "experts" not in {name for name, _, _ in events}
+
+
+def test_a_dense_run_has_no_trace_of_experts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run = RunDirectory(tmp_path / "tiny")
+    run.acquire()
+    monitor = Monitor(MonitorConfig(), WandbKeys(), run, FACTS, rank=0, config={})
+    monitor.step(replace(row_of(1), expert_load=None))
+    monitor.evaluation(1, {"validation": EvalResult(2.0, 100)})
+    monitor.close("finished")
+    run.release()
+    assert "moe/" not in run.ledger.read_text()
+    assert "experts" not in run.ledger.read_text()
+    assert not run.experts.exists()
 
 
 # --- W&B ------------------------------------------------------------------------------------------------------------
