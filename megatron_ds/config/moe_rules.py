@@ -71,14 +71,12 @@ def grouped_products_are_aligned(config: RunConfig) -> Iterator[Problem]:
     moe, model = config.megatron_ds.moe, config.megatron_ds.model
     if moe is None or moe.experts != "grouped_mm":
         return
-    unit = 4 if config.dtype_name == "fp32" else 8
-    reads = ("moe.experts", "model.ffn_hidden_size", "bf16.enabled", "fp16.enabled")
-    rule = f"grouped_mm needs rows of whole 16 bytes, in {config.dtype_name} a multiple of {unit}"
     width = moe.moe_ffn_hidden_size or model.ffn_size
     for where, size in (("model.hidden_size", model.hidden_size), ("moe.moe_ffn_hidden_size", width)):
-        if size % unit:
-            fix = f'set it to {nearest_multiples(size, unit)}, or moe.experts to "loop"'
-            yield problem(config, where, f"{rule}, and has {size}", fix, *reads)
+        if size % 8:
+            rule = f"grouped_mm reads 16 bytes at a time, so the width {size} must be a multiple of 8"
+            fix = f'set it to {nearest_multiples(size, 8)}, or moe.experts to "loop"'
+            yield problem(config, where, rule, fix, "moe.experts", "model.ffn_hidden_size")
 
 
 # --- router ---------------------------------------------------------------------------------------------------------

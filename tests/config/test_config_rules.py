@@ -411,22 +411,22 @@ MOE_CASES = {
         for kind in ("softmax", "sigmoid")
     ],
     "grouped_products_are_aligned": [
-        (moe(moe_ffn_hidden_size=30), "moe.moe_ffn_hidden_size", "28 or 32", moe(moe_ffn_hidden_size=28), 1),
+        (moe(moe_ffn_hidden_size=30), "moe.moe_ffn_hidden_size", "24 or 32", moe(moe_ffn_hidden_size=32), 1),
         (
-            {**moe(moe_ffn_hidden_size=28), "bf16.enabled": True},
+            moe(moe_ffn_hidden_size=28),
             "moe.moe_ffn_hidden_size",
-            "24 or 32",
-            {**moe(moe_ffn_hidden_size=28, experts="loop"), "bf16.enabled": True},
+            '"loop"',
+            moe(moe_ffn_hidden_size=28, experts="loop"),
             1,
         ),
         (
-            {**V2, "model.hidden_size": 30, "model.num_attention_heads": 3},
-            "model.hidden_size",
-            "28 or 32",
             {**V2, "model.hidden_size": 36, "model.num_attention_heads": 3},
+            "model.hidden_size",
+            "32 or 40",
+            {**V2, "model.hidden_size": 48, "model.num_attention_heads": 3},
             1,
         ),
-        ({**V2, "model.ffn_hidden_size": 90}, "moe.moe_ffn_hidden_size", '"loop"', {"model.ffn_hidden_size": 90}, 1),
+        ({**V2, "model.ffn_hidden_size": 90}, "moe.moe_ffn_hidden_size", "88 or 96", {"model.ffn_hidden_size": 90}, 1),
     ],
     "groups_say_how_many_stay": [
         (moe(router__num_groups=4), CHOSEN, "1 to 4", moe(router__num_groups=4, router__group_topk=2), 1),

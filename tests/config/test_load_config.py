@@ -8,7 +8,7 @@ import pytest
 from megatron_ds.config import load
 from megatron_ds.config.load import load_config
 from megatron_ds.config.resolve import config_difference
-from megatron_ds.config.schema import MoEConfig
+from megatron_ds.config.schema import MoEConfig, ParallelConfig
 from megatron_ds.config.tree import flatten
 from megatron_ds.errors import ConfigError
 
@@ -197,12 +197,21 @@ def test_a_resolved_configuration_loads_again_to_itself(tmp_path, flags):
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_every_shipped_file_loads(file, tmp_path):
-    stages = json.loads(file.read_text())["megatron_ds"].get("parallel", {}).get("pipeline_model_parallel_size", 1)
-    for data_ranks in (1, 2, 4):
-        config = load_config(["--deepspeed_config", str(file)], world_size=stages * data_ranks).config
+    parallel = ParallelConfig(**json.loads(file.read_text())["megatron_ds"]["parallel"])
+    least = parallel.pipeline_model_parallel_size * parallel.expert_model_parallel_size
+    for world_size in (least, 4 * least):
+        batch = ["--global-batch-size", "1024"]
+        config = load_config(["--deepspeed_config", str(file), *batch], world_size=world_size).config
         saved = tmp_path / "saved.json"
         saved.write_text(config.model_dump_json())
-        assert load_config(["--config", str(saved)], world_size=stages * data_ranks).config == config
+        assert load_config(["--config", str(saved)], world_size=world_size).config == config
+
+
+def test_the_v2_example_is_the_same_training_in_every_layout():
+    file = ["--config", str(ROOT / "ds_configs/v2_tiny.json")]
+    for ranks in (1, 2, 4):
+        config = load_config([*file, "--expert-model-parallel-size", str(ranks)], world_size=ranks).config
+        assert (config.train_batch_size, config.gradient_accumulation_steps) == (8, 4 // ranks)
 
 
 def test_the_v1_preset_has_the_sizes_of_its_name():

@@ -1,21 +1,40 @@
 """Parameter and FLOP formulas against what a model holds, what it multiplies, and published figures."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_ds.config.schema import FullAttention, HybridAttention, ModelConfig, SoftGateAttention
+from megatron_ds.config.load import load_config
+from megatron_ds.config.schema import (
+    FullAttention,
+    HybridAttention,
+    ModelConfig,
+    MoEConfig,
+    SigmoidRouter,
+    SoftGateAttention,
+    SoftmaxRouter,
+)
 from megatron_ds.model import cost
 from megatron_ds.model.decoder import Decoder, layer_list
+from megatron_ds.model.init import initialize
+
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 ATTENTIONS = {
     "full": FullAttention(),
     "hybrid": HybridAttention(pattern="LLG", window=50),
     "soft_gate_lse": SoftGateAttention(window=50),
     "soft_gate_bias": SoftGateAttention(window=50, implementation="bias"),
+}
+
+EXPERTS = {
+    "every_layer": MoEConfig(num_experts=6, moe_router_topk=3, dispatcher="local"),
+    "shared": MoEConfig(moe_layer_freq=2, moe_shared_expert_intermediate_size=40, router=SigmoidRouter(fine="none")),
+    "refine": MoEConfig(moe_layer_freq=(0, 1, 0, 1), moe_ffn_hidden_size=24, router=SoftmaxRouter(fine="refine")),
+    "loop": MoEConfig(moe_ffn_hidden_size=20, experts="loop", moe_router_topk=1),
+    "one_collective": MoEConfig(moe_ffn_hidden_size=16, dispatcher="all_to_all"),
 }
 
 
@@ -34,6 +53,11 @@ def deepseek_llm(**sizes):
     )  # fmt: skip
 
 
+def preset(name):
+    ours = load_config(["--config", str(CONFIGS / f"{name}.json")], world_size=32)
+    return ours.config.megatron_ds.model, ours.config.megatron_ds.moe
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize(
     "changes", [{}, {"qk_layernorm": False, "kv_channels": 24}, {"untie_embeddings_and_output_weights": True}]
@@ -50,11 +74,48 @@ def test_parameters_are_those_of_the_model(attention, changes):
 
 
 def test_the_preset_has_121_million_parameters():
-    tree = json.loads((Path(__file__).parents[2] / "ds_configs/v1.json").read_text())
-    config = ModelConfig(**{"vocab_size": 50257} | tree["megatron_ds"]["model"])
+    config, _ = preset("v1")
     with torch.device("meta"):
         held = Decoder(config)
     assert sum(p.numel() for p in held.parameters()) == cost.num_parameters(config) == 121_229_568
+
+
+def test_the_v2_preset_has_10_billion_parameters_of_which_a_token_meets_1_6():
+    config, moe = preset("v2")
+    with torch.device("meta"):
+        held = Decoder(config, moe)
+    total = sum(p.numel() for p in held.parameters())
+    per_expert = sum(p.numel() for name, p in held.named_parameters() if ".experts." in name) // 32
+    assert total == cost.num_parameters(config, moe) == 10_273_458_176
+    assert total - 30 * per_expert == cost.active_parameters(config, moe) == 1_591_248_896
+    assert cost.flops_per_token(config, moe) / 1e9 == pytest.approx(9.50, abs=5e-3)
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("changes", [{}, {"untie_embeddings_and_output_weights": True}])
+def test_parameters_of_experts_are_those_of_the_model(experts, changes):
+    config, moe = model("full", **changes), EXPERTS[experts]
+    with torch.device("meta"):
+        held = {name: p.numel() for name, p in Decoder(config, moe).named_parameters()}
+    counts = cost.parameter_counts(config, moe)
+    assert cost.num_parameters(config, moe) == sum(held.values())
+    for part in ("router", "experts", "shared"):
+        assert counts[part] == sum(size for name, size in held.items() if f".mlp.{part}." in name)
+    assert counts["experts"] > 0
+    idle = counts["experts"] * (moe.num_experts - moe.moe_router_topk) // moe.num_experts
+    assert cost.active_parameters(config, moe) == sum(held.values()) - idle
+    assert cost.active_parameters(config) == cost.num_parameters(config)
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_executed_flops_of_experts_are_what_the_counter_counts(experts):
+    config, moe = model("full"), EXPERTS[experts]
+    decoder = Decoder(config, moe)
+    initialize(decoder.named_parameters(), config, seed=1)
+    with FlopCounterMode(display=False) as counter:
+        decoder(torch.randint(100, (2, 20))).sum().backward()
+    counted = counter.get_total_flops() / (2 * 20)
+    assert cost.flops_per_token(config, moe, seq_length=20, convention="executed") == pytest.approx(counted, rel=1e-9)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -89,6 +150,10 @@ def test_layer_costs_follow_the_layer_list():
     assert len(costs) == len(layer_list(config))
     assert sum(costs) == cost.flops_per_token(config)
     assert costs[3] > costs[1] == costs[2] == costs[4]  # the global layer
+    sparse = cost.layer_costs(config, EXPERTS["shared"])
+    assert len(sparse) == len(costs)
+    assert [a != b for a, b in zip(costs, sparse, strict=True)] == [False, True, False, True, False, False, False]
+    assert sum(sparse) == cost.flops_per_token(config, EXPERTS["shared"])
 
 
 def test_published_dense_models():
@@ -102,10 +167,23 @@ def test_published_dense_models():
     assert cost.flops_per_token(large) / 1e9 == pytest.approx(418.6, abs=6e-2)
 
 
+def test_published_mixture_of_experts():
+    config = deepseek_llm(num_layers=28, hidden_size=2048, ffn_hidden_size=10944, num_attention_heads=16)
+    moe = MoEConfig(
+        num_experts=64, moe_router_topk=6, moe_ffn_hidden_size=1408, moe_shared_expert_intermediate_size=2 * 1408,
+        moe_layer_freq=(0, *[1] * 27),
+    )  # fmt: skip
+    assert cost.num_parameters(config, moe) / 1e9 == pytest.approx(16.4, abs=5e-2)
+    assert cost.active_parameters(config, moe) / 1e9 == pytest.approx(2.8, abs=5e-2)
+    assert cost.flops_per_token(config, moe) / 1e9 == pytest.approx(17.12, abs=5e-3)
+
+
 def test_mfu_is_a_share_of_the_peak():
     config = model()
     rate = 1e12 / cost.flops_per_token(config)
     assert cost.mfu(rate, config, peak=4e12) == pytest.approx(0.25)
+    moe = EXPERTS["shared"]
+    assert cost.mfu(1e12 / cost.flops_per_token(config, moe), config, 4e12, moe) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(

@@ -6,25 +6,33 @@ import re
 import pytest
 import torch
 
-from megatron_ds.config.schema import ModelConfig, SoftGateAttention
+from megatron_ds.config.schema import ModelConfig, MoEConfig, SoftGateAttention, SoftmaxRouter
 from megatron_ds.model.decoder import Decoder
 from megatron_ds.model.init import initialize
+from megatron_ds.parallel.random import derive_seed
+from megatron_ds.parallel.shard import Shard
 
 CONFIG = ModelConfig(
     num_layers=3, hidden_size=96, num_attention_heads=6, num_query_groups=2, vocab_size=1000, init_method_std=0.05,
     attention=SoftGateAttention(initial_gate=0.8), untie_embeddings_and_output_weights=True,
 )  # fmt: skip
+MOE = MoEConfig(
+    moe_layer_freq=(0, 1, 1), router=SoftmaxRouter(fine="refine"), moe_ffn_hidden_size=64,
+    moe_shared_expert_intermediate_size=40,
+)  # fmt: skip
+
+RESIDUAL = ("attention.output.weight", "mlp.down.weight", "mlp.experts.down", "mlp.shared.down.weight")
 
 
-def weights(seed=1, config=CONFIG):
-    decoder = Decoder(config)
+def weights(seed=1, config=CONFIG, moe=None):
+    decoder = Decoder(config, moe)
     initialize(decoder.named_parameters(), config, seed)
     return {name: parameter.detach() for name, parameter in decoder.named_parameters()}
 
 
 def test_documented_table():
     std = 0.05
-    for name, weight in weights().items():
+    for name, weight in weights(moe=MOE).items():
         last = re.sub(r"^layers\.\d+\.", "", name)
         if last == "attention.far_gate.bias":
             assert torch.allclose(weight.sigmoid(), torch.tensor(0.8))
@@ -33,10 +41,15 @@ def test_documented_table():
         elif "norm" in last:
             assert (weight == 1).all()
         else:
-            residual = last in ("attention.output.weight", "mlp.down.weight")
+            residual = last in (
+                "attention.output.weight",
+                "mlp.down.weight",
+                "mlp.experts.down",
+                "mlp.shared.down.weight",
+            )
             drawn = weight[:1000] if name in ("embedding.weight", "output.weight") else weight
-            expected = std / math.sqrt(2 * 3) if residual else std
-            assert drawn.std().item() == pytest.approx(expected, rel=0.05)
+            expected = std / math.sqrt(2 * 3) if residual else std / 10 if last == "mlp.router.refine" else std
+            assert drawn.std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * drawn.numel()))
             assert abs(drawn.mean().item()) < 6 * expected / math.sqrt(drawn.numel())
 
 
@@ -56,6 +69,37 @@ def test_every_parameter_is_drawn_by_its_name_alone():
     assert not torch.equal(whole["layers.0.mlp.up.weight"], whole["layers.1.mlp.up.weight"])
     assert not torch.equal(whole["layers.0.mlp.up.weight"], whole["layers.0.mlp.gate.weight"])
     assert not torch.equal(whole["layers.0.mlp.up.weight"], weights(seed=2)["layers.0.mlp.up.weight"])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_the_experts_of_all_ranks_are_those_of_one_process(ranks):
+    whole = weights(moe=MOE)
+    for name in ("layers.1.mlp.experts.gate_up", "layers.2.mlp.experts.down"):
+        parts = []
+        for rank in range(ranks):
+            part = torch.nn.Parameter(torch.empty(8 // ranks, *whole[name].shape[1:]))
+            initialize([(name, Shard("expert", 0, rank, ranks).attach(part))], CONFIG, seed=1)
+            parts.append(part.detach())
+        assert torch.equal(torch.cat(parts), whole[name])
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_any_cut_of_a_weight_is_a_part_of_the_whole(dim):
+    whole = weights(moe=MOE)
+    for name in ("layers.0.mlp.up.weight", "layers.1.mlp.experts.gate_up", "embedding.weight"):
+        parts = []
+        for index in range(2):
+            part = torch.nn.Parameter(torch.empty_like(whole[name].chunk(2, dim)[0]))
+            initialize([(name, Shard("tensor", dim, index, 2).attach(part))], CONFIG, seed=1)
+            parts.append(part.detach())
+        assert torch.equal(torch.cat(parts, dim), whole[name])
+
+
+def test_an_expert_is_seeded_by_its_number():
+    experts_EHD = weights(moe=MOE)["layers.1.mlp.experts.gate_up"]
+    assert len({expert_HD.sum().item() for expert_HD in experts_EHD}) == 8
+    generator = torch.Generator().manual_seed(derive_seed(1, "layers.1.mlp.experts.gate_up", 5))
+    assert torch.equal(experts_EHD[5], torch.randn(128, 96, generator=generator) * 0.05)
 
 
 def test_an_unknown_name_is_our_bug():
