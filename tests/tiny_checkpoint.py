@@ -23,13 +23,28 @@ LENGTH = 23
 HYBRID = {"kind": "hybrid", "pattern": "LLG", "window": WINDOW}
 SOFT_GATE = {"kind": "soft_gate", "window": WINDOW}
 FULL = {"kind": "full"}
+EXPERTS = {"num_experts": 6, "moe_router_topk": 2, "moe_ffn_hidden_size": 40}
+PLAIN_ROUTER = {"router": {"kind": "softmax", "fine": "none"}}
 MODELS = {
     "qwen3": {"attention": HYBRID, "qk_layernorm": True},
     "llama": {"attention": FULL, "qk_layernorm": False},
     "cwm": {"attention": HYBRID, "qk_layernorm": False},
     "mds_dense": {"attention": SOFT_GATE, "qk_layernorm": True},
-}
-"""A model section that each target can express."""
+    "ernie4_5_moe": {
+        "attention": FULL, "qk_layernorm": False, "rotary_interleaved": True,
+        "moe": EXPERTS | {"moe_shared_expert_intermediate_size": 80, "moe_layer_freq": [0, 1, 1, 1]},
+    },
+    "qwen3_moe": {"attention": FULL, "moe": EXPERTS | {"moe_layer_freq": [1, 0, 1, 1]} | PLAIN_ROUTER},
+    "mixtral": {"attention": FULL, "qk_layernorm": False, "moe": EXPERTS | PLAIN_ROUTER},
+    "mds_moe": {
+        "attention": HYBRID, "rotary_interleaved": True,
+        "moe": EXPERTS | {
+            "moe_shared_expert_intermediate_size": 24, "moe_layer_freq": 2,
+            "router": {"kind": "softmax", "fine": "refine", "refine_candidates": 3},
+        },
+    },
+}  # fmt: skip
+"""A model section that each target can express; ``moe`` is a section of its own, given beside it."""
 
 
 @dataclass
@@ -45,7 +60,7 @@ class Tiny:
             return self.decoder(token_BS)[..., : self.decoder.config.vocab_size]
 
 
-def run_config(**model) -> dict:
+def run_config(moe: dict | None = None, **model) -> dict:
     """A resolved run configuration: 4 layers, odd sizes, grouped keys, vocabulary 301 padded to 384."""
     sizes = {
         "num_layers": 4,
@@ -57,23 +72,24 @@ def run_config(**model) -> dict:
         "seq_length": 64,
         "vocab_size": 301,
     }
-    tree = RunConfig.model_validate({"megatron_ds": {"model": sizes | model, "data": {"eod_id": 0}}})
+    ours = {"model": sizes | model, "moe": moe, "data": {"eod_id": 0}}
+    tree = RunConfig.model_validate({"megatron_ds": ours})
     return tree.model_dump(mode="json")
 
 
 def save_tiny(directory: Path, tokenizer: Path | None = None, seed: int = 0, **model) -> Tiny:
-    """Save a model whose every parameter differs from its neutral value (norm weights are not all one)."""
+    """Save a model whose every tensor differs from its neutral value: norm weights are not all one, biases not zero."""
     config = run_config(**model)
-    model_config = RunConfig.model_validate(config).megatron_ds.model
-    decoder = Decoder(model_config).eval()
-    initialize(decoder.named_parameters(), model_config, seed)
+    ours = RunConfig.model_validate(config).megatron_ds
+    decoder = Decoder(ours.model, ours.moe).eval()
+    initialize(decoder.named_parameters(), ours.model, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter += (0.3 if parameter.dim() == 1 else 0.08) * torch.randn(parameter.shape, generator=generator)
+        for tensor in decoder.state_dict().values():
+            tensor += (0.3 if tensor.dim() == 1 else 0.08) * torch.randn(tensor.shape, generator=generator)
     fragments = [
         Fragment(name, "weight", tuple(weight.shape), whole(weight.shape), 0, weight.detach().flatten())
-        for name, weight in decoder.named_parameters()
+        for name, weight in decoder.state_dict().items()
     ]
     trainer = {"step": 7, "consumed_tokens": 3_584, "train_loss": 5.4321, "eval": {"valid": 5.5}}
     extra = {} if tokenizer is None else {"tokenizer": tokenizer}
@@ -91,7 +107,7 @@ def export_tiny(tiny: Tiny, output: Path, **options) -> Path:
 
 def load_stock(directory: Path, attention: str = "eager", **options) -> PreTrainedModel:
     """The export as stock transformers loads it, in fp32; every weight must be there and none too many."""
-    trust = (directory / "modeling_mds_dense.py").exists()
+    trust = (directory / "modeling_mds_common.py").exists()
     model, loading = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32,

@@ -1,10 +1,12 @@
 """The training model rebuilt from a checkpoint, in one process: what an export is compared with."""
 
+from collections.abc import Callable
+
 import torch
 from pydantic import ValidationError
 
 from megatron_ds.checkpoint.reader import Checkpoint
-from megatron_ds.config.schema import ModelConfig, RunConfig
+from megatron_ds.config.schema import ModelConfig, MoEConfig, RunConfig
 from megatron_ds.errors import CheckpointError
 from megatron_ds.model.decoder import Decoder
 
@@ -21,16 +23,19 @@ def read_config(checkpoint: Checkpoint) -> RunConfig:
         ) from error
 
 
-def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of the model, in the order of the layers; allocates nothing."""
+def tensor_shapes(model: ModelConfig, moe: MoEConfig | None) -> dict[str, tuple[int, ...]]:
+    """Name and shape of everything that a checkpoint stores of the model: parameters and persistent buffers.
+
+    In the order of the layers; allocates nothing.
+    """
     with torch.device("meta"):
-        decoder = Decoder(model)
-    return {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+        decoder = Decoder(model, moe)
+    return {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
 
 
-def check_parameters(checkpoint: Checkpoint, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """``parameter_shapes(model)``, once the checkpoint is known to hold exactly these; CheckpointError if not."""
-    expected = parameter_shapes(model)
+def check_tensors(checkpoint: Checkpoint, model: ModelConfig, moe: MoEConfig | None) -> dict[str, tuple[int, ...]]:
+    """``tensor_shapes`` of the model, once the checkpoint is known to hold exactly these; CheckpointError if not."""
+    expected = tensor_shapes(model, moe)
     held = {name: tuple(shape) for name, shape in checkpoint.shapes("weight").items()}
     problems = [f"{name} is missing" for name in expected if name not in held]
     problems += [f"{name} is unknown to the model" for name in held if name not in expected]
@@ -45,16 +50,17 @@ def check_parameters(checkpoint: Checkpoint, model: ModelConfig) -> dict[str, tu
 
 
 @torch.no_grad()
-def load_decoder(checkpoint: Checkpoint, rounding: torch.dtype | None = None) -> Decoder:
+def load_decoder(
+    checkpoint: Checkpoint, rounding: Callable[[str], torch.dtype] = lambda name: torch.float32
+) -> Decoder:
     """The model in fp32 and evaluation mode, filled from the checkpoint tensor by tensor.
 
-    With ``rounding`` each weight is cast to that dtype and back: the values that an export in that dtype holds.
-    Raises CheckpointError when the checkpoint's tensors are not the model's.
+    Each tensor is cast to ``rounding(name)`` and back: the values that an export in these dtypes holds. Raises
+    CheckpointError when the checkpoint's tensors are not the model's.
     """
-    model = read_config(checkpoint).megatron_ds.model
-    check_parameters(checkpoint, model)
-    decoder = Decoder(model)
-    for name, parameter in decoder.named_parameters():
-        weight = checkpoint.read(name)
-        parameter.copy_(weight if rounding is None else weight.to(rounding))
+    run = read_config(checkpoint).megatron_ds
+    check_tensors(checkpoint, run.model, run.moe)
+    decoder = Decoder(run.model, run.moe)
+    for name, tensor in decoder.state_dict().items():
+        tensor.copy_(checkpoint.read(name).to(rounding(name)))
     return decoder.eval()

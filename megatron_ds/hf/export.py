@@ -1,8 +1,9 @@
 """A checkpoint becomes a Hugging Face directory.
 
-The target says how (names and config.json), the writer streams the weights, and everything else is small files. All of
-it is written beside the output under a hidden name, proved there if asked, forced to the disk and renamed: the output
-either does not exist or is whole. Training state is not exported; ``verify.py`` does the proving.
+The target says how (names and config.json), ``plan.py`` lists the tensors, the writer streams them, and everything else
+is small files. All of it is written beside the output under a hidden name, proved there if asked, forced to the disk
+and renamed: the output either does not exist or is whole. Training state is not exported; ``verify.py`` does the
+proving.
 """
 
 import json
@@ -10,22 +11,28 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from megatron_ds.checkpoint.manifest import list_names, sync_directory
+from megatron_ds.checkpoint.pieces import Box, volume
 from megatron_ds.checkpoint.reader import Checkpoint
-from megatron_ds.config.schema import ModelConfig, RunConfig
+from megatron_ds.config.schema import RunConfig
 from megatron_ds.errors import ConfigError
-from megatron_ds.hf.decoder import check_parameters, read_config
+from megatron_ds.hf.decoder import check_tensors, read_config
 from megatron_ds.hf.model_card import model_card
 from megatron_ds.hf.options import FORMATS, ExportOptions
+from megatron_ds.hf.plan import plan_entries
 from megatron_ds.hf.targets import choose_target
-from megatron_ds.hf.targets.common import SpecialIds, Target, hugging_face_name
+from megatron_ds.hf.targets.common import SpecialIds, Target
 from megatron_ds.hf.tokenizer_files import TokenizerFiles
 from megatron_ds.hf.verify import verify
-from megatron_ds.hf.writer import Entry, write_json, write_weights
+from megatron_ds.hf.writer import write_json, write_weights
 
 
 def export(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> Target:
@@ -36,21 +43,20 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> Targ
     Either way nothing is left behind, and an output that was to be replaced is still there.
     """
     run = read_config(checkpoint)
-    model = run.megatron_ds.model
-    target = choose_target(model, options.target)
+    model, moe = run.megatron_ds.model, run.megatron_ds.moe
+    target = choose_target(model, moe, options.target)
     precision = options.precision or run.dtype_name
     tokenizer = find_tokenizer(checkpoint, run, options.tokenizer)
-    entries = plan_entries(checkpoint, model)
+    entries = plan_entries(check_tensors(checkpoint, model, moe), model, moe, target, precision)
     with committed(output, options.force) as directory:
-        write_weights(directory, entries, checkpoint.read, precision, options.max_shard_size)
+        write_weights(directory, entries, partial(_read, checkpoint), options.max_shard_size)
         ids = tokenizer.special_ids() if tokenizer else plain_ids(run)
-        _write_configs(directory, target, model, ids, precision)
+        _write_configs(directory, target.config(model, moe, ids, FORMATS[precision].name), ids)
         if tokenizer:
             tokenizer.write(directory, model.max_positions)
         for name in target.code_files:
             (directory / name).write_bytes(files("megatron_ds.hf.remote_code").joinpath(name).read_bytes())
-        num_parameters = sum(entry.numel for entry in entries)
-        card = model_card(output.name, checkpoint, model, target, num_parameters, precision, options.command)
+        card = model_card(output.name, checkpoint, run, target, precision, options.command)
         (directory / "README.md").write_text(card, encoding="utf-8")
         if options.verify:
             verify(directory, checkpoint, tokenizer, precision)
@@ -75,16 +81,6 @@ def plain_ids(run: RunConfig) -> SpecialIds:
     eod_id = run.megatron_ds.data.eod_id
     assert eod_id is not None, "a run has a tokenizer or data.eod_id"
     return SpecialIds(bos=eod_id, eos=eod_id, pad=None)
-
-
-def plan_entries(checkpoint: Checkpoint, model: ModelConfig) -> list[Entry]:
-    """Every tensor of the export, layer by layer, without the vocabulary's padding."""
-    entries = []
-    for name, shape in check_parameters(checkpoint, model).items():
-        if name in ("embedding.weight", "output.weight"):
-            shape = (model.vocab_size, *shape[1:])
-        entries.append(Entry(hugging_face_name(name), name, shape))
-    return entries
 
 
 @contextmanager
@@ -137,10 +133,14 @@ def _take_place(directory: Path, output: Path, aside: Path) -> None:
     sync_directory(output.parent)
 
 
-def _write_configs(directory: Path, target: Target, model: ModelConfig, ids: SpecialIds, precision: str) -> None:
+def _read(checkpoint: Checkpoint, source: str, box: Box) -> Tensor:
+    return checkpoint.read_range(source, "weight", box, 0, volume(box))
+
+
+def _write_configs(directory: Path, config: dict[str, Any], ids: SpecialIds) -> None:
     """config.json and generation_config.json."""
     versions = {"transformers_version": version("transformers")}
-    write_json(directory / "config.json", target.config(model, ids, FORMATS[precision].name) | versions)
+    write_json(directory / "config.json", config | versions)
     special = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
     named = {name: value for name, value in special.items() if value is not None}
     write_json(directory / "generation_config.json", named | versions)

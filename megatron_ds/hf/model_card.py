@@ -8,8 +8,9 @@ from importlib.metadata import version
 
 import megatron_ds
 from megatron_ds.checkpoint.reader import Checkpoint
-from megatron_ds.config.schema import ModelConfig
+from megatron_ds.config.schema import ModelConfig, MoEConfig, RunConfig
 from megatron_ds.hf.targets.common import Target
+from megatron_ds.model.cost import active_parameters, num_parameters
 
 CARD = """\
 ---
@@ -22,7 +23,7 @@ tags:
 
 # {title}
 
-A dense decoder trained with megatron_ds and exported as `{model_type}`.
+{kind} trained with megatron_ds and exported as `{model_type}`.
 
 | | |
 |---|---|
@@ -60,18 +61,19 @@ Versions: {versions}
 def model_card(
     title: str,
     checkpoint: Checkpoint,
-    model: ModelConfig,
+    run: RunConfig,
     target: Target,
-    num_parameters: int,
     precision: str,
     command: str,
 ) -> str:
-    """Text of README.md. ``num_parameters`` counts the exported tensors; ``command`` is the user's command line."""
+    """Text of README.md; ``command`` is the user's command line."""
     packages = ("torch", "transformers", "deepspeed")
     versions = [f"megatron_ds {megatron_ds.__version__}", *(f"{name} {version(name)}" for name in packages)]
-    rows = _facts(checkpoint, model, num_parameters, precision)
+    model, moe = run.megatron_ds.model, run.megatron_ds.moe
+    rows = [*_model_facts(model, moe, precision), *_training_facts(checkpoint)]
     return CARD.format(
         title=title,
+        kind="A dense decoder" if moe is None else "A sparse mixture of experts",
         model_type=target.model_type,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows),
         trust=", trust_remote_code=True" if target.code_files else "",
@@ -82,24 +84,48 @@ def model_card(
     )
 
 
-def _facts(checkpoint: Checkpoint, model: ModelConfig, num_parameters: int, precision: str) -> list[tuple[str, str]]:
-    trainer = checkpoint.trainer
+def _model_facts(model: ModelConfig, moe: MoEConfig | None, precision: str) -> list[tuple[str, str]]:
+    """What the model is; parameters are counted without the vocabulary's padding, as they are exported."""
+    exported = model.model_copy(update={"make_vocab_size_divisible_by": 1})
     attention = model.attention
     window = f", window {attention.window}" if attention.kind != "full" else ""
     pattern = f" {attention.pattern}" if attention.kind == "hybrid" else ""
-    facts = [
-        ("Parameters", f"{num_parameters:,} ({precision})"),
+    facts = [("Parameters", f"{num_parameters(exported, moe):,} ({precision})")]
+    if moe is not None:
+        facts.append(("Active parameters of a token", f"{active_parameters(exported, moe):,}"))
+    facts += [
         ("Layers x width", f"{model.num_layers} x {model.hidden_size}"),
         ("Heads (query, key/value) x width", f"({model.num_attention_heads}, {model.num_kv_heads}) x {model.head_dim}"),
-        ("Feed-forward width", f"{model.ffn_size:,}"),
+    ]
+    if moe is None or any(not moe.is_moe_layer(layer) for layer in range(model.num_layers)):
+        facts.append(("Feed-forward width", f"{model.ffn_size:,}"))
+    if moe is not None:
+        facts += _expert_facts(model, moe)
+    return [
+        *facts,
         ("Vocabulary", f"{model.vocab_size:,}"),
         ("Attention", f"{attention.kind}{pattern}{window}"),
         ("Sequence length", f"{model.seq_length:,}"),
-        ("Optimizer steps", f"{checkpoint.step:,}"),
     ]
+
+
+def _expert_facts(model: ModelConfig, moe: MoEConfig) -> list[tuple[str, str]]:
+    width, shared = moe.moe_ffn_hidden_size or model.ffn_size, moe.moe_shared_expert_intermediate_size
+    sparse = sum(moe.is_moe_layer(layer) for layer in range(model.num_layers))
+    return [
+        ("Layers with experts", f"{sparse} of {model.num_layers}"),
+        ("Experts x width", f"{moe.num_experts} x {width:,}, {moe.moe_router_topk} for each token"),
+        *([("Width of the shared expert", f"{shared:,}")] if shared else []),
+        ("Router", f"{moe.router.kind}, fine stage {moe.router.fine}"),
+    ]
+
+
+def _training_facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """How it was trained; what the run did not record is left out."""
+    trainer = checkpoint.trainer
+    facts = [("Optimizer steps", f"{checkpoint.step:,}")]
     if "consumed_tokens" in trainer:
         facts.append(("Training tokens", f"{trainer['consumed_tokens']:,}"))
     if trainer.get("train_loss") is not None:
         facts.append(("Training loss", f"{trainer['train_loss']:.4f}"))
-    facts += [(f"Validation loss, {name}", f"{loss:.4f}") for name, loss in trainer.get("eval", {}).items()]
-    return facts
+    return facts + [(f"Validation loss, {name}", f"{loss:.4f}") for name, loss in trainer.get("eval", {}).items()]

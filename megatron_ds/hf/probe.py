@@ -6,9 +6,9 @@ writes down; the judgement is ``verify.py``'s.
 
     python probe.py EXPORT_DIRECTORY WORK_DIRECTORY
 
-WORK_DIRECTORY holds request.json (``trust_remote_code``, ``texts``, ``prompt_length``, ``new_tokens``, ``positions``)
-and tokens.safetensors (``token_NS``); the script adds answer.json and logits.safetensors (one tensor [N, P, V] per
-attention implementation, at the P requested positions).
+WORK_DIRECTORY holds request.json (``trust_remote_code``, ``implementations`` (name -> those of
+attention and experts), ``texts``, ``prompt_length``, ``new_tokens``, ``positions``) and tokens.safetensors
+(``token_NS``); the script adds answer.json and logits.safetensors (one tensor [N, P, V] per name, at the P positions).
 """
 
 import json
@@ -33,10 +33,12 @@ def main(directory: Path, work: Path) -> None:
         output_loading_info=True,
     )
     logits = {}
-    for implementation in ("eager", "sdpa"):
-        model.set_attn_implementation(implementation)
+    for name, (attention, experts) in request["implementations"].items():
+        model.set_attn_implementation(attention)
+        if experts:
+            model.set_experts_implementation(experts)
         rows = [model(token_S[None], use_cache=False).logits[:, request["positions"]] for token_S in token_NS]
-        logits[implementation] = torch.cat(rows).contiguous()
+        logits[name] = torch.cat(rows).contiguous()
     save_file(logits, work / "logits.safetensors")
 
     prompt_1P = token_NS[-1:, : request["prompt_length"]]

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,12 +27,19 @@ from megatron_ds.config.schema import ModelConfig
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.decoder import load_decoder, read_config
 from megatron_ds.hf.options import FORMATS
+from megatron_ds.hf.targets import TARGETS
+from megatron_ds.hf.targets.common import Target
 from megatron_ds.hf.tokenizer_files import TokenizerFiles
 from megatron_ds.hf.writer import write_json
+from megatron_ds.model.decoder import Decoder
 
 TOLERANCE = 2e-5
 """Largest |logit difference| between the export and the training model, both computed in fp32; where logits exceed 1,
 times the largest |logit|, as rounding errors grow with the values."""
+
+IMPLEMENTATIONS = {"eager": ("eager", None), "sdpa": ("sdpa", None)}
+EXPERT_IMPLEMENTATIONS = {"eager": ("eager", "eager"), "sdpa and grouped_mm": ("sdpa", "grouped_mm")}
+"""Name in the report -> transformers' implementation of attention and of experts: written out, and its default."""
 
 NUM_RANDOM, MIN_LENGTH, MAX_POSITIONS_COMPARED, NEW_TOKENS = 2, 128, 128, 16
 """Random sequences beside the real one, shortest length of all, positions whose logits are compared, tokens drawn."""
@@ -71,21 +79,22 @@ def verify(
     CheckpointError when a check fails, or when the directory cannot be loaded at all.
     """
     model = read_config(checkpoint).megatron_ds.model
+    target = TARGETS[json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"]]
     token_NS = _sequences(model, tokenizer)
     position_P = torch.linspace(0, token_NS.shape[1] - 1, min(token_NS.shape[1], MAX_POSITIONS_COMPARED)).long()
-    trust = (directory / "modeling_mds_dense.py").is_file()
     report(f"verifying with transformers {version('transformers')} in a fresh offline process")
-    if trust:
-        report("note   loading with trust_remote_code=True: the directory carries the mds_dense code of this package")
+    if target.code_files:
+        carried = f"the directory carries the {target.model_type} code of this package"
+        report(f"note   loading with trust_remote_code=True: {carried}")
     texts = list(TEXTS) if tokenizer else []
-    answer, logits = _probe(directory, token_NS, position_P, texts, trust)
+    answer, logits = _probe(directory, token_NS, position_P, texts, target)
 
-    rounding = None if precision == "fp32" else getattr(torch, FORMATS[precision].name)
-    reference_NPV = _reference_logits(checkpoint, token_NS, position_P, rounding)
+    decoder = load_decoder(checkpoint, partial(_dtype, target, precision))
+    reference_NPV = _reference_logits(decoder, token_NS, position_P)
     checks = [_check_keys(answer["keys"])]
     checks += [_check_logits(name, logits_NPV, reference_NPV, precision) for name, logits_NPV in logits.items()]
-    if rounding is not None:
-        exact_NPV = _reference_logits(checkpoint, token_NS, position_P, None)
+    if precision != "fp32":
+        exact_NPV = _reference_logits(load_decoder(checkpoint), token_NS, position_P)
         checks.append(_note_rounding(logits["eager"], exact_NPV, precision))
     checks.append(_check_greedy(answer["greedy"]))
     if tokenizer:
@@ -113,13 +122,14 @@ def _sequences(model: ModelConfig, tokenizer: TokenizerFiles | None) -> Tensor:
 
 
 def _probe(
-    directory: Path, token_NS: Tensor, position_P: Tensor, texts: list[str], trust: bool
+    directory: Path, token_NS: Tensor, position_P: Tensor, texts: list[str], target: Target
 ) -> tuple[dict, dict[str, Tensor]]:
-    """Ask ``probe.py``: its answer and, per attention implementation, logits_NPV."""
+    """Ask ``probe.py``: its answer and, per implementation, logits_NPV."""
     with tempfile.TemporaryDirectory(prefix="megatron_ds_verify_") as name:
         work = Path(name)
         request = {
-            "trust_remote_code": trust,
+            "trust_remote_code": bool(target.code_files),
+            "implementations": EXPERT_IMPLEMENTATIONS if target.has_experts else IMPLEMENTATIONS,
             "texts": texts,
             "prompt_length": token_NS.shape[1] - NEW_TOKENS,
             "new_tokens": NEW_TOKENS,
@@ -143,12 +153,14 @@ def _probe(
         return json.loads((work / "answer.json").read_text()), load_file(work / "logits.safetensors")
 
 
+def _dtype(target: Target, precision: str, name: str) -> torch.dtype:
+    """What the export rounds the tensor of a logical name to."""
+    return torch.float32 if target.keeps_fp32(name) else getattr(torch, FORMATS[precision].name)
+
+
 @torch.inference_mode()
-def _reference_logits(
-    checkpoint: Checkpoint, token_NS: Tensor, position_P: Tensor, rounding: torch.dtype | None
-) -> Tensor:
+def _reference_logits(decoder: Decoder, token_NS: Tensor, position_P: Tensor) -> Tensor:
     """logits_NPV of the training model over the true vocabulary."""
-    decoder = load_decoder(checkpoint, rounding)
     sequences = tqdm(token_NS, desc="training model", delay=2, leave=False, disable=None)
     return torch.cat([decoder(token_S[None])[:, position_P, : decoder.config.vocab_size] for token_S in sequences])
 

@@ -2,7 +2,7 @@
 
 There is one implementation of sampling, of the cache and of decoding, and it is transformers'. A checkpoint is exported
 to a temporary directory and loaded from there like any other model, so what is sampled here is what users of an export
-will get. Nothing that a directory brings along is executed: mds_dense models run the code of this package.
+will get. Nothing that a directory brings along is executed: models of our own families run the code of this package.
 """
 
 import json
@@ -22,7 +22,11 @@ from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.hf.export import export, is_hugging_face_directory
 from megatron_ds.hf.options import ExportOptions
 from megatron_ds.hf.remote_code.modeling_mds_dense import MdsDenseForCausalLM
+from megatron_ds.hf.remote_code.modeling_mds_moe import MdsMoeForCausalLM
 from megatron_ds.inference.sampling import Sampling
+
+OURS = {kind.config_class.model_type: kind for kind in (MdsDenseForCausalLM, MdsMoeForCausalLM)}
+"""Families whose code travels with an export -> the package's own copy of their models."""
 
 
 @contextmanager
@@ -48,14 +52,13 @@ def load(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     CheckpointError when the weights are not all there.
     """
     model_type = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"]
-    ours = model_type == MdsDenseForCausalLM.config_class.model_type
-    if not ours and model_type not in CONFIG_MAPPING:
+    if model_type not in OURS and model_type not in CONFIG_MAPPING:
         raise ConfigError(f"{directory}: {model_type} would need code from the directory, which is not executed here")
     if not (directory / "tokenizer_config.json").is_file():
         raise ConfigError(f"{directory}: no tokenizer; export the checkpoint with --tokenizer DIR and use the export")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    loader = MdsDenseForCausalLM if ours else AutoModelForCausalLM
+    loader = OURS.get(model_type, AutoModelForCausalLM)
     model, loading = loader.from_pretrained(directory, dtype="auto", trust_remote_code=False, output_loading_info=True)
     missing = sorted(map(str, loading["missing_keys"]))
     if missing:

@@ -40,7 +40,8 @@ class SelfAttention(nn.Module):
         v_BGSK = self.value(x_BSD).unflatten(-1, heads).transpose(1, 2)
         if self.config.qk_layernorm:
             q_BSHK, k_BSGK = self.query_norm(q_BSHK), self.key_norm(k_BSGK)
-        q_BHSK, k_BGSK = (rotate(x, context.cos_BSK, context.sin_BSK) for x in (q_BSHK, k_BSGK))
+        angles = (context.cos_BSK, context.sin_BSK, self.config.rotary_interleaved)
+        q_BHSK, k_BGSK = rotate(q_BSHK, *angles), rotate(k_BSGK, *angles)
         core = (q_BHSK, k_BGSK, v_BGSK, x_BSD, context)
         if context.recompute_attention and torch.is_grad_enabled():
             out_BHSK = checkpoint(self.core, *core, use_reentrant=False)

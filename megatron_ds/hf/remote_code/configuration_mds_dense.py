@@ -24,6 +24,7 @@ class MdsDenseConfig(PretrainedConfig):
         head_dim=64,
         local_window=129,
         use_qk_norm=True,
+        rope_interleaved=False,
         hidden_act="silu",
         max_position_embeddings=2048,
         initializer_range=0.02,
@@ -43,6 +44,7 @@ class MdsDenseConfig(PretrainedConfig):
         self.head_dim = head_dim
         self.local_window = local_window
         self.use_qk_norm = use_qk_norm
+        self.rope_interleaved = rope_interleaved
         self.hidden_act = hidden_act
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range

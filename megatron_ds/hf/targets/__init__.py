@@ -1,26 +1,34 @@
 """The export targets, in the order in which ``--target auto`` tries them."""
 
-from megatron_ds.config.schema import ModelConfig
+from megatron_ds.config.schema import ModelConfig, MoEConfig
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.targets.common import Target
 from megatron_ds.hf.targets.cwm import CWM
+from megatron_ds.hf.targets.ernie4_5_moe import ERNIE4_5_MOE
 from megatron_ds.hf.targets.llama import LLAMA
 from megatron_ds.hf.targets.mds_dense import MDS_DENSE
+from megatron_ds.hf.targets.mds_moe import MDS_MOE
+from megatron_ds.hf.targets.mixtral import MIXTRAL
 from megatron_ds.hf.targets.qwen3 import QWEN3
+from megatron_ds.hf.targets.qwen3_moe import QWEN3_MOE
 
-TARGETS: dict[str, Target] = {target.model_type: target for target in (QWEN3, LLAMA, CWM, MDS_DENSE)}
+TARGETS: dict[str, Target] = {
+    target.model_type: target for target in (QWEN3, LLAMA, CWM, MDS_DENSE, ERNIE4_5_MOE, QWEN3_MOE, MIXTRAL, MDS_MOE)
+}
 
 
-def choose_target(model: ModelConfig, requested: str = "auto") -> Target:
-    """The requested target, or the first that can express ``model``.
+def choose_target(model: ModelConfig, moe: MoEConfig | None = None, requested: str = "auto") -> Target:
+    """The requested target, or the first that can express the model; ``moe`` is None for a dense one.
 
-    Raises ConfigError with every reason when there is none, and names the targets that could hold the model.
+    Raises ConfigError with the reasons when there is none, and names the targets that could hold the model when it is
+    not the requested one.
     """
-    reasons = {name: target.reasons(model) for name, target in TARGETS.items()}
+    reasons = {name: target.reasons(model, moe) for name, target in TARGETS.items()}
     able = [name for name, found in reasons.items() if not found]
     if requested == "auto":
         if not able:
-            everything = "; ".join(reason for found in reasons.values() for reason in found)
+            suited = [name for name, target in TARGETS.items() if target.has_experts == (moe is not None)]
+            everything = "; ".join(reason for name in suited for reason in reasons[name])
             raise ConfigError(f"--target auto: no target can express this model: {everything}")
         return TARGETS[able[0]]
     if requested not in TARGETS:

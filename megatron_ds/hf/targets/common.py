@@ -1,15 +1,16 @@
-"""What every dense export target shares: the Llama layout of names and config.json, and the shape of a target.
+"""What every export target shares: the Llama layout of names and config.json, and the shape of a target.
 
-A target is data: a model_type, the reasons why it cannot express a model (none: it can), and its config.json. The names
-are one table, since all dense families here use Llama's. Stock families also get the keys that transformers 5 renamed
-in their older spelling, so that transformers 4, vLLM and llama.cpp read the same directory.
+A target is data: a model_type, the limits of what it can express, its config.json, and how the family names and keeps
+the tensors of a layer. All families here descend from Llama's; what those with experts add is in ``experts.py``. Stock
+families also get the keys that transformers 5 renamed in their older spelling, so that transformers 4, vLLM and
+llama.cpp read the same directory.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_ds.config.schema import HybridAttention, ModelConfig
+from megatron_ds.config.schema import HybridAttention, ModelConfig, MoEConfig
 
 NAMES = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -50,22 +51,38 @@ class Target:
     """One model family that an export can be written for."""
 
     model_type: str
-    reasons: Callable[[ModelConfig], list[str]]
-    """Why the family cannot express a model, one clause each; empty when it can."""
-    config: Callable[[ModelConfig, SpecialIds, str], dict[str, Any]]
-    """config.json for (model, special ids, dtype name such as "bfloat16")."""
+    limits: Callable[[ModelConfig, MoEConfig | None], list[str]]
+    """Why the family cannot express a model of its side (dense, or with experts), one clause each."""
+    config: Callable[[ModelConfig, MoEConfig | None, SpecialIds, str], dict[str, Any]]
+    """config.json for (model, its experts, special ids, dtype name such as "bfloat16")."""
     engines: str
     """Which inference engines run it natively, for the model card."""
+    layer_names: Mapping[str, str | tuple[str, ...]] = field(default_factory=lambda: LAYER_NAMES)
+    """Logical name inside a layer -> Hugging Face's. Of stacked experts: the names of the equal parts that the rows of
+    one expert are cut into, with {expert} for its number."""
+    kept_fp32: tuple[str, ...] = ()
+    """Logical names inside a layer that stay fp32 in an export of any precision, as the family loads them."""
+    as_row: tuple[str, ...] = ()
+    """Logical names inside a layer of vectors [n] that the family stores as [1, n]."""
     code_files: tuple[str, ...] = ()
     """Files of remote_code/ that the directory must carry."""
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether the family is for models with experts, and for no others."""
+        return "mlp.router.weight" in self.layer_names
 
-def hugging_face_name(name: str) -> str:
-    """Hugging Face name of a logical parameter name; KeyError for a name that no dense model has."""
-    if not name.startswith("layers."):
-        return NAMES[name]
-    _, index, rest = name.split(".", 2)
-    return f"model.layers.{index}.{LAYER_NAMES[rest]}"
+    def reasons(self, model: ModelConfig, moe: MoEConfig | None) -> list[str]:
+        """Why the family cannot express a model, one clause each; empty when it can. ``moe``: None for a dense one."""
+        if moe is None and self.has_experts:
+            return [f"{self.model_type} is for models with experts: the configuration has no moe section"]
+        if moe is not None and not self.has_experts:
+            return [f"{self.model_type} has no experts: moe.num_experts is {moe.num_experts}"]
+        return self.limits(model, moe)
+
+    def keeps_fp32(self, name: str) -> bool:
+        """Whether the tensor of a logical name is not rounded to the precision of the export."""
+        return name.startswith("layers.") and name.split(".", 2)[2] in self.kept_fp32
 
 
 def layer_types(model: ModelConfig) -> list[str]:
@@ -93,7 +110,7 @@ def older_spellings(model: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def llama_config(model: ModelConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
-    """The keys that all dense families share, as transformers 5 spells them; nothing is left to a default."""
+    """The keys that all families share, as transformers 5 spells them; nothing is left to a default."""
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -141,9 +158,29 @@ def gate_reasons(family: str, model: ModelConfig) -> list[str]:
     return [f"{family} has no gate on far keys: model.attention.kind is soft_gate"]
 
 
+def rotary_reasons(family: str, model: ModelConfig, *, interleaved: bool) -> list[str]:
+    """A family pairs the channels of a head in one of two ways."""
+    if model.rotary_interleaved == interleaved:
+        return []
+    rule = "turns neighbouring channels as pairs" if interleaved else "turns channels half a head apart as pairs"
+    return [f"{family} {rule}: model.rotary_interleaved is {str(model.rotary_interleaved).lower()}"]
+
+
+def window_reasons(family: str, model: ModelConfig) -> list[str]:
+    """Not every family can choose a window layer by layer."""
+    if sliding_window(model) is None:
+        return []
+    return [f"{family} has no per-layer windows: model.attention.kind is hybrid"]
+
+
 def head_width_reasons(family: str, model: ModelConfig) -> list[str]:
     """transformers' Llama and Cwm refuse a width that the heads do not divide, even with an explicit head_dim."""
     if model.hidden_size % model.num_attention_heads == 0:
         return []
     sizes = f"model.hidden_size is {model.hidden_size}, model.num_attention_heads {model.num_attention_heads}"
     return [f"{family} needs a width that the heads divide: {sizes}"]
+
+
+def stock_dense_reasons(family: str, model: ModelConfig) -> list[str]:
+    """What no dense stock family here has: a gate on far keys, interleaved rotary pairs."""
+    return gate_reasons(family, model) + rotary_reasons(family, model, interleaved=False)

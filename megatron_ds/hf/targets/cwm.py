@@ -10,23 +10,23 @@ from megatron_ds.config.schema import ModelConfig
 from megatron_ds.hf.targets.common import (
     SpecialIds,
     Target,
-    gate_reasons,
     head_width_reasons,
     layer_types,
     llama_config,
     older_spellings,
     query_key_norm_reasons,
     sliding_window,
+    stock_dense_reasons,
 )
 
 
-def reasons(model: ModelConfig) -> list[str]:
-    """Why cwm cannot express ``model``."""
-    found = gate_reasons("cwm", model) + query_key_norm_reasons("cwm", model, has_norm=False)
+def limits(model: ModelConfig, moe: None) -> list[str]:
+    """Why cwm cannot express a model."""
+    found = stock_dense_reasons("cwm", model) + query_key_norm_reasons("cwm", model, has_norm=False)
     return found + head_width_reasons("cwm", model)
 
 
-def config(model: ModelConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
+def config(model: ModelConfig, moe: None, ids: SpecialIds, dtype: str) -> dict[str, Any]:
     """config.json of CwmForCausalLM. The family wants a window even when no layer slides; then it is never read."""
     return {
         "architectures": ["CwmForCausalLM"],
@@ -42,7 +42,7 @@ def config(model: ModelConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
 
 CWM = Target(
     model_type="cwm",
-    reasons=reasons,
+    limits=limits,
     config=config,
     engines="transformers 5 and vLLM, both with the per-layer windows; llama.cpp does not know the family.",
 )

@@ -6,24 +6,22 @@ from megatron_ds.config.schema import ModelConfig
 from megatron_ds.hf.targets.common import (
     SpecialIds,
     Target,
-    gate_reasons,
     head_width_reasons,
     llama_config,
     older_spellings,
     query_key_norm_reasons,
-    sliding_window,
+    stock_dense_reasons,
+    window_reasons,
 )
 
 
-def reasons(model: ModelConfig) -> list[str]:
-    """Why llama cannot express ``model``."""
-    found = gate_reasons("llama", model) + query_key_norm_reasons("llama", model, has_norm=False)
-    if sliding_window(model) is not None:
-        found.append("llama has no per-layer windows: model.attention.kind is hybrid")
-    return found + head_width_reasons("llama", model)
+def limits(model: ModelConfig, moe: None) -> list[str]:
+    """Why llama cannot express a model."""
+    found = stock_dense_reasons("llama", model) + query_key_norm_reasons("llama", model, has_norm=False)
+    return found + window_reasons("llama", model) + head_width_reasons("llama", model)
 
 
-def config(model: ModelConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
+def config(model: ModelConfig, moe: None, ids: SpecialIds, dtype: str) -> dict[str, Any]:
     """config.json of LlamaForCausalLM."""
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -36,4 +34,4 @@ def config(model: ModelConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
     }
 
 
-LLAMA = Target(model_type="llama", reasons=reasons, config=config, engines="transformers, vLLM and llama.cpp.")
+LLAMA = Target(model_type="llama", limits=limits, config=config, engines="transformers, vLLM and llama.cpp.")

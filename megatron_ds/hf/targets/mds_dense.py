@@ -9,13 +9,13 @@ from megatron_ds.config.schema import ModelConfig
 from megatron_ds.hf.targets.common import SpecialIds, Target, llama_config
 
 
-def reasons(model: ModelConfig) -> list[str]:
-    """Why mds_dense cannot express ``model``."""
+def limits(model: ModelConfig, moe: None) -> list[str]:
+    """Why mds_dense cannot express a model."""
     kind = model.attention.kind
     return [] if kind == "soft_gate" else [f"mds_dense is for the soft gate only: model.attention.kind is {kind}"]
 
 
-def config(model: ModelConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
+def config(model: ModelConfig, moe: None, ids: SpecialIds, dtype: str) -> dict[str, Any]:
     """config.json of MdsDenseForCausalLM, in transformers 5's spelling only, since nothing else reads it.
 
     AutoModel stands in auto_map for engines that build on transformers, so that they can say why they refuse.
@@ -30,15 +30,16 @@ def config(model: ModelConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
         },
         **llama_config(model, ids, dtype),
         "use_qk_norm": model.qk_layernorm,
+        "rope_interleaved": model.rotary_interleaved,
         "local_window": model.attention.window + 1,
     }
 
 
 MDS_DENSE = Target(
     model_type="mds_dense",
-    reasons=reasons,
+    limits=limits,
     config=config,
     engines="transformers 5 with trust_remote_code=True (eager and sdpa attention). Engines with attention kernels of "
     "their own would drop the gate and are refused.",
-    code_files=("configuration_mds_dense.py", "modeling_mds_dense.py"),
+    code_files=("configuration_mds_dense.py", "modeling_mds_dense.py", "modeling_mds_common.py"),
 )

@@ -10,21 +10,21 @@ from megatron_ds.config.schema import ModelConfig
 from megatron_ds.hf.targets.common import (
     SpecialIds,
     Target,
-    gate_reasons,
     layer_types,
     llama_config,
     older_spellings,
     query_key_norm_reasons,
     sliding_window,
+    stock_dense_reasons,
 )
 
 
-def reasons(model: ModelConfig) -> list[str]:
-    """Why qwen3 cannot express ``model``."""
-    return gate_reasons("qwen3", model) + query_key_norm_reasons("qwen3", model, has_norm=True)
+def limits(model: ModelConfig, moe: None) -> list[str]:
+    """Why qwen3 cannot express a model."""
+    return stock_dense_reasons("qwen3", model) + query_key_norm_reasons("qwen3", model, has_norm=True)
 
 
-def config(model: ModelConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
+def config(model: ModelConfig, moe: None, ids: SpecialIds, dtype: str) -> dict[str, Any]:
     """config.json of Qwen3ForCausalLM. vLLM asserts that max_window_layers equals the depth on mixed layers."""
     window = sliding_window(model)
     return {
@@ -42,7 +42,7 @@ def config(model: ModelConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
 
 QWEN3 = Target(
     model_type="qwen3",
-    reasons=reasons,
+    limits=limits,
     config=config,
     engines="transformers. With full attention in every layer also vLLM and llama.cpp; with sliding layers those two "
     "may ignore the windows, so run vLLM with --model-impl transformers.",

@@ -1,0 +1,84 @@
+"""What the targets with experts share: names of their tensors, keys of config.json, and reasons.
+
+On disk every expert has tensors of its own, as all engines expect; transformers 5 stacks them while it loads. A family
+whose names include a router bias has one in every sparse layer, so a model without gets zeros.
+"""
+
+from typing import Any
+
+from megatron_ds.config.schema import ModelConfig, MoEConfig
+from megatron_ds.hf.targets.common import LAYER_NAMES, gate_reasons
+
+EXPERT_LAYER_NAMES = LAYER_NAMES | {
+    "mlp.router.weight": "mlp.gate.weight",
+    "mlp.experts.gate_up": ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
+    "mlp.experts.down": ("mlp.experts.{expert}.down_proj.weight",),
+}
+"""Names of a layer with experts, as Qwen's and DeepSeek's families have them."""
+
+SHARED_EXPERT_NAMES = {
+    "mlp.shared.gate.weight": "mlp.shared_experts.gate_proj.weight",
+    "mlp.shared.up.weight": "mlp.shared_experts.up_proj.weight",
+    "mlp.shared.down.weight": "mlp.shared_experts.down_proj.weight",
+}
+
+
+def expert_width(model: ModelConfig, moe: MoEConfig) -> int:
+    """Feed-forward width of one routed expert."""
+    return moe.moe_ffn_hidden_size or model.ffn_size
+
+
+def dense_layers(model: ModelConfig, moe: MoEConfig) -> list[int]:
+    """Layers that have no experts."""
+    return [layer for layer in range(model.num_layers) if not moe.is_moe_layer(layer)]
+
+
+def expert_config(moe: MoEConfig) -> dict[str, Any]:
+    """Keys that families with experts share; the number of experts as transformers 5 and as 4 spell it.
+
+    Balancing losses are training's: a fine-tuning in transformers starts with the coefficient that this run had.
+    """
+    return {
+        "num_local_experts": moe.num_experts,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.moe_router_topk,
+        "output_router_logits": False,
+        "router_aux_loss_coef": moe.moe_aux_loss_coeff,
+    }
+
+
+def plain_router_reasons(family: str, model: ModelConfig, moe: MoEConfig) -> list[str]:
+    """What no stock family with a softmax router has."""
+    router = moe.router
+    found = gate_reasons(family, model)
+    if router.kind != "softmax":
+        found.append(f"{family} scores experts by softmax: moe.router.kind is {router.kind}")
+    if router.fine == "refine":
+        found.append(f"{family} has no refine stage: moe.router.fine is refine")
+    if router.num_groups is not None:
+        found.append(f"{family} has no groups of experts: moe.router.num_groups is {router.num_groups}")
+    if router.scaling_factor != 1:
+        found.append(
+            f"{family} does not scale the experts' weights: moe.router.scaling_factor is {router.scaling_factor}"
+        )
+    return found
+
+
+def normalised_weight_reasons(family: str, moe: MoEConfig) -> list[str]:
+    """Some families always divide by the sum of the chosen experts' weights."""
+    if moe.router.norm_topk_prob:
+        return []
+    return [f"{family} always normalises the experts' weights: moe.router.norm_topk_prob is false"]
+
+
+def bias_reasons(family: str, moe: MoEConfig) -> list[str]:
+    """Some families select by the scores alone."""
+    return [f"{family} has no balancing bias: moe.router.fine is bias"] if moe.router.fine == "bias" else []
+
+
+def shared_expert_reasons(family: str, moe: MoEConfig) -> list[str]:
+    """Some families have no shared expert."""
+    width = moe.moe_shared_expert_intermediate_size
+    if width is None:
+        return []
+    return [f"{family} has no shared expert: moe.moe_shared_expert_intermediate_size is {width}"]

@@ -1,0 +1,67 @@
+"""mds_moe: our own family for every router that no stock family has; its code travels with the export.
+
+Whatever a router can be configured to do, this family holds: sigmoid scores, groups, the learned refine stage, weights
+that are scaled or not normalised; with either rotary convention, query/key norm or not, per-layer windows or not. Only
+the soft gate is missing. Models that a stock family can hold need no trust_remote_code there, so ``auto`` tries this
+last.
+"""
+
+from typing import Any
+
+from megatron_ds.config.schema import ModelConfig, MoEConfig
+from megatron_ds.hf.targets.common import SpecialIds, Target, gate_reasons, layer_types, llama_config, sliding_window
+from megatron_ds.hf.targets.experts import (
+    EXPERT_LAYER_NAMES,
+    SHARED_EXPERT_NAMES,
+    dense_layers,
+    expert_config,
+    expert_width,
+)
+
+
+def limits(model: ModelConfig, moe: MoEConfig) -> list[str]:
+    """Why mds_moe cannot express a model."""
+    return gate_reasons("mds_moe", model)
+
+
+def config(model: ModelConfig, moe: MoEConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
+    """config.json of MdsMoeForCausalLM; names are those of stock families where they have the setting."""
+    router = moe.router
+    refines = router.fine == "refine"
+    return {
+        "architectures": ["MdsMoeForCausalLM"],
+        "model_type": "mds_moe",
+        "auto_map": {
+            "AutoConfig": "configuration_mds_moe.MdsMoeConfig",
+            "AutoModel": "modeling_mds_moe.MdsMoeModel",
+            "AutoModelForCausalLM": "modeling_mds_moe.MdsMoeForCausalLM",
+        },
+        **llama_config(model, ids, dtype),
+        **expert_config(moe),
+        "use_qk_norm": model.qk_layernorm,
+        "rope_interleaved": model.rotary_interleaved,
+        "layer_types": layer_types(model),
+        "sliding_window": sliding_window(model),
+        "moe_intermediate_size": expert_width(model, moe),
+        "shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
+        "mlp_only_layers": dense_layers(model, moe),
+        "scoring_func": router.kind,
+        "n_group": router.num_groups,
+        "topk_group": router.group_topk,
+        "refine_candidates": (router.refine_candidates or 2 * moe.moe_router_topk) if refines else None,
+        "norm_topk_prob": router.norm_topk_prob,
+        "routed_scaling_factor": router.scaling_factor,
+    }
+
+
+MDS_MOE = Target(
+    model_type="mds_moe",
+    limits=limits,
+    config=config,
+    engines="transformers 5 with trust_remote_code=True.",
+    layer_names=EXPERT_LAYER_NAMES
+    | SHARED_EXPERT_NAMES
+    | {"mlp.router.bias": "mlp.gate.e_score_correction_bias", "mlp.router.refine": "mlp.gate.refine"},
+    kept_fp32=("mlp.router.weight", "mlp.router.bias", "mlp.router.refine"),
+    code_files=("configuration_mds_moe.py", "modeling_mds_moe.py", "modeling_mds_common.py"),
+)
