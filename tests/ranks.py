@@ -1,7 +1,7 @@
 """Run a function on several gloo ranks, in processes that stay warm between tests.
 
 Importing torch and DeepSpeed costs seconds, so each world size keeps its worker processes for the whole test session.
-A call sends a picklable function and its arguments to every worker, which makes fresh groups, runs it and sends back
+A call sends a picklable function and its arguments to every worker, which makes the groups of its layout once, runs it and sends back
 what it returned. The first failure is raised with the rank's traceback, a worker that dies
 or hangs fails the test and the pool is started anew.
 
@@ -102,20 +102,38 @@ def _worker(rank, size, port, pipe):
         MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false",
     )  # fmt: skip
     import torch
+    import torch.distributed as dist
 
     from megatron_ds.config.schema import ParallelConfig
-    from megatron_ds.parallel.groups import build_groups, distributed
+    from megatron_ds.parallel.groups import Groups, build_groups, distributed
 
     torch.set_num_threads(1)
     os.environ["MASTER_PORT"] = str(port)
+    cache: dict[ParallelConfig, Groups] = {}
     with contextlib.suppress(EOFError, KeyboardInterrupt), distributed(ParallelConfig(distributed_timeout_minutes=1.0)):
         while True:
             function, arguments, options = pipe.recv()
             try:
-                pipe.send((True, function(build_groups(ParallelConfig(**options)), *arguments)))
+                layout = ParallelConfig(**options)
+                if layout not in cache:
+                    cache[layout] = build_groups(layout)
+                before = set(dist.distributed_c10d._world.pg_map)
+                pipe.send((True, function(cache[layout], *arguments)))
+                _drop_groups(before)
             except BaseException:
                 pipe.send((False, traceback.format_exc()))
                 return
+
+
+def _drop_groups(before):
+    """Destroy the groups of a test's engines: each has a thread that wakes up a hundred times a second."""
+    import torch.distributed as dist
+    from deepspeed.utils import groups as deepspeed_groups
+
+    kept = [value for value in vars(deepspeed_groups).values() if isinstance(value, dist.ProcessGroup)]
+    for group in set(dist.distributed_c10d._world.pg_map) - before:
+        if group not in kept:
+            dist.destroy_process_group(group)
 
 
 @atexit.register

@@ -11,12 +11,19 @@ TINY = {
 }  # fmt: skip
 
 
+def parallel(pp=1, ep=1, **_):
+    """The ``parallel`` section of a layout; experts' nodes are pairs of ranks."""
+    return {"pipeline_model_parallel_size": pp, "expert_model_parallel_size": ep, "expert_ranks_per_node": 2}
+
+
 def configuration(
     world_size,
     *,
     micro=1,
     batch=GLOBAL_BATCH,
     pp=1,
+    ep=1,
+    moe=None,
     stage=0,
     dtype="fp32",
     model=None,
@@ -35,8 +42,10 @@ def configuration(
         "optimizer": {"params": {"lr": 1e-2, "weight_decay": 0.1}},
         "zero_optimization": {"stage": stage},
         "megatron_ds": {
+            "generation": "v2" if moe else "v1",
             "model": TINY | (model or {}),
-            "parallel": {"pipeline_model_parallel_size": pp},
+            "moe": moe,
+            "parallel": parallel(pp=pp, ep=ep),
             "training": {"seed": 7, **(training or {})},
         },
     }

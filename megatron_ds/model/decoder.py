@@ -21,6 +21,7 @@ from megatron_ds.model.attention import ATTENTION
 from megatron_ds.model.context import Context
 from megatron_ds.model.linear import Linear, linear
 from megatron_ds.model.mlp import MLP
+from megatron_ds.model.moe.sparse_mlp import sparse_mlp
 from megatron_ds.model.norm import FinalNorm, RMSNorm
 from megatron_ds.parallel.random import derive_seed, seed_default_generator
 
@@ -60,8 +61,6 @@ class DecoderLayer(nn.Module):
         self.attention = ATTENTION[type(config.attention)](config, index)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         sparse = moe is not None and moe.is_moe_layer(index)
-        if sparse:
-            from megatron_ds.model.moe.sparse_mlp import sparse_mlp
         self.mlp = sparse_mlp(config, moe, index, groups) if sparse else MLP(config.hidden_size, config.ffn_size)
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import deepspeed
 import torch
@@ -22,22 +22,20 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor
 
 from megatron_ds.config.schema import ParallelConfig
+from megatron_ds.parallel.ring import Ring
 from megatron_ds.parallel.shard import shard_of
 from megatron_ds.parallel.topology import Axis, Topology
-
-if TYPE_CHECKING:
-    from megatron_ds.parallel.ring import Ring
 
 
 @dataclass(frozen=True)
 class ExpertGroups:
     """The ranks that share this rank's experts, as rings that tokens travel on."""
 
-    flat: "Ring"
+    flat: Ring
     """All of them, in the order of the experts."""
-    rails: "Ring | None"
+    rails: Ring | None
     """One per node, those with this rank's place in its node; None unless there are several nodes of several ranks."""
-    node: "Ring | None"
+    node: Ring | None
     """Those of this rank's node; None together with ``rails``."""
 
 
@@ -207,8 +205,6 @@ def _group_along(axis: Axis, topology: Topology, rank: int) -> dist.ProcessGroup
 
 def _expert_groups(topology: Topology, rank: int, ranks_per_node: int | None) -> ExpertGroups:
     """The rings of the expert axis; nodes are runs of ``ranks_per_node`` neighbours on it."""
-    from megatron_ds.parallel.ring import Ring
-
     rings = _lines("expert", topology)
     flat = Ring.build(rings, rank)
     size = ranks_per_node or int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
