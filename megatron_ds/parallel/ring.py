@@ -61,11 +61,11 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Lane:
-    """One stream of messages: a process group per direction; None in a ring of one rank."""
+    """One stream of messages: a process group per direction. Places in the ring are ranks of these groups."""
 
-    up: dist.ProcessGroup | None
+    up: dist.ProcessGroup
     """From lower to higher places in the ring."""
-    down: dist.ProcessGroup | None
+    down: dist.ProcessGroup
 
 
 class Transfer:
@@ -116,7 +116,7 @@ class Ring:
     """Place of this rank."""
     size: int
     group: dist.ProcessGroup
-    """All ranks of the ring, for collectives; places are ranks of this group."""
+    """All ranks of the ring, for collectives, which never run while messages are on their way; also a lane's."""
     requests: Lane
     replies: Lane
     ranks_per_node: int
@@ -134,13 +134,16 @@ class Ring:
         mine = None
         for ranks in rings:
             assert ranks == sorted(ranks), f"a ring is in ascending order: {ranks}"
-            group = dist.new_group(ranks)
-            lanes = [dist.new_group(ranks) if len(ranks) > 1 else None for _ in range(4)]
+            # A group costs a thread that wakes up 100 times a second (gloo): no more of them than there are streams.
+            streams = 4 if len(ranks) > 1 else 1
+            groups = [dist.new_group(ranks) for _ in range(streams)]
             if rank in ranks:
                 # NCCL wants all members in the first operation of a group, and later steps may involve only some.
-                for lane in filter(None, lanes):
-                    dist.barrier(lane)
-                mine = cls(ranks.index(rank), len(ranks), group, Lane(*lanes[:2]), Lane(*lanes[2:]), len(ranks))
+                for group in groups:
+                    dist.barrier(group)
+                up, down, up_again, down_again = groups * (4 // streams)
+                requests, replies = Lane(up, down), Lane(up_again, down_again)
+                mine = cls(ranks.index(rank), len(ranks), up, requests, replies, len(ranks))
         assert mine is not None, f"rank {rank} is in none of the rings {rings}"
         return mine
 

@@ -1,0 +1,337 @@
+"""Every dispatcher, on 1 to 8 ranks, against all experts on all tokens in float64: outputs and all gradients.
+
+One call of ``run_ranks`` for each world size runs all cases; a test then compares one case of one dispatcher.
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import run_ranks
+from torch.utils.checkpoint import checkpoint
+
+from megatron_ds.config.schema import MoEConfig
+from megatron_ds.model.moe.dispatch import build_dispatcher
+from megatron_ds.model.moe.experts import Experts
+
+RANKS_PER_NODE = {2: 2, 3: 3, 4: 2, 8: 4}
+EXCHANGES = ("all_to_all", "ring", "hierarchical")
+TOLERANCE = 2e-5
+"""Of the largest entry: fp32 against float64."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer on all ranks."""
+
+    per_rank: int = 2
+    """Experts of a rank."""
+    top_k: int | None = 2
+    """None: every expert."""
+    tokens: tuple[int, ...] = (9, 4, 13, 6)
+    """By rank, over and over."""
+    routing: str = "random"
+    hidden: int = 16
+    width: int = 8
+    implementation: str = "grouped_mm"
+    seed: int = 0
+
+    def num_experts(self, size):
+        return self.per_rank * size
+
+    def weights(self, size):
+        """gate_up [E, 2F, D] and down [E, D, F]."""
+        generator, experts = torch.Generator().manual_seed(self.seed), self.num_experts(size)
+        shapes = (experts, 2 * self.width, self.hidden), (experts, self.hidden, self.width)
+        return [torch.randn(shape, generator=generator) / 4 for shape in shapes]
+
+    def inputs(self, rank, size):
+        """x_TD, weight_TK, expert_TK and the gradient of the output, of one rank."""
+        generator = torch.Generator().manual_seed(100 + self.seed + rank)
+        tokens, experts = self.tokens[rank % len(self.tokens)], self.num_experts(size)
+        top_k = self.top_k or experts
+        x_TD, grad_TD = (torch.randn(tokens, self.hidden, generator=generator) for _ in range(2))
+        expert_TK = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :top_k]
+        if self.routing == "one expert":
+            expert_TK = torch.full((tokens, 1), experts - 1)
+        elif self.routing == "first rank":  # the other ranks' experts are idle
+            expert_TK = torch.rand(tokens, self.per_rank, generator=generator).argsort(1)[:, :top_k]
+        drop_rate = {"some dropped": 0.4, "all dropped": 1.0}.get(self.routing, 0.0)
+        expert_TK = expert_TK.masked_fill(torch.rand(expert_TK.shape, generator=generator) < drop_rate, -1)
+        weight_TK = torch.rand(expert_TK.shape, generator=generator).masked_fill(expert_TK < 0, 0.0)
+        return x_TD, weight_TK, expert_TK, grad_TD
+
+
+CASES = {
+    "plain": Case(),
+    "one expert per rank, top-1": Case(per_rank=1, top_k=1),
+    "one expert per rank, top-2": Case(per_rank=1),
+    "every expert": Case(top_k=None),
+    "three per rank, odd widths": Case(per_rank=3, top_k=3, hidden=13, width=7, implementation="loop"),
+    "one expert for all": Case(top_k=1, routing="one expert"),
+    "experts of the first rank only": Case(routing="first rank"),
+    "some dropped": Case(per_rank=3, top_k=3, routing="some dropped"),
+    "all dropped": Case(routing="all dropped"),
+    "ranks without tokens": Case(tokens=(0, 5)),
+    "one token": Case(tokens=(0, 1, 0, 0, 0, 0, 0, 0)),
+    "no tokens": Case(tokens=(0,)),
+    "large messages": Case(tokens=(700, 500), hidden=128, routing="some dropped"),
+}
+
+
+def oracle(case, size):
+    """Float64: [y_TD, grad_x_TD, grad_weight_TK] of every rank, and the gradients of both weights of all experts."""
+    gate_up_EHD, down_EDF = (w.double().requires_grad_() for w in case.weights(size))
+    ranks = []
+    for rank in range(size):
+        x_TD, weight_TK, expert_TK, grad_TD = case.inputs(rank, size)
+        x_TD, weight_TK = x_TD.double().requires_grad_(), weight_TK.double().requires_grad_()
+        gate_TEF, up_TEF = torch.einsum("td,ehd->teh", x_TD, gate_up_EHD).chunk(2, -1)
+        y_TED = torch.einsum("tef,edf->ted", F.silu(gate_TEF) * up_TEF, down_EDF)
+        chosen_TKE = F.one_hot(expert_TK + 1, case.num_experts(size) + 1)[..., 1:].double()
+        y_TD = torch.einsum("tk,tke,ted->td", weight_TK, chosen_TKE, y_TED)
+        (y_TD * grad_TD.double()).sum().backward()
+        ranks.append([y_TD.detach(), x_TD.grad, weight_TK.grad])
+    return ranks, [gate_up_EHD.grad, down_EDF.grad]
+
+
+def build(case, groups, name, experts_type=Experts, **options):
+    """This rank's dispatcher and experts."""
+    rank, size = (groups.rank, groups.world_size) if groups else (0, 1)
+    experts = experts_type(case.per_rank, case.hidden, case.width, case.implementation)
+    with torch.no_grad():
+        for parameter, weight in zip(experts.parameters(), case.weights(size)):
+            parameter.copy_(weight[rank * case.per_rank : (rank + 1) * case.per_rank])
+    moe = MoEConfig(num_experts=case.num_experts(size), dispatcher=name, **options)
+    return build_dispatcher(moe, groups.experts if groups else None, moe.num_experts), experts
+
+
+def apply(case, rank, size, dispatcher, experts, recompute=False, dtype=torch.float32):
+    """[y_TD, grad_x_TD, grad_weight_TK, grad_gate_up, grad_down]"""
+    x_TD, weight_TK, expert_TK, grad_TD = case.inputs(rank, size)
+    x_TD, grad_TD = x_TD.to(dtype).requires_grad_(), grad_TD.to(dtype)
+    weight_TK.requires_grad_()
+    experts.zero_grad()
+    if recompute:
+        y_TD = checkpoint(lambda x, w: dispatcher(x, w, expert_TK, experts), x_TD, weight_TK, use_reentrant=False)
+    else:
+        y_TD = dispatcher(x_TD, weight_TK, expert_TK, experts)
+    y_TD.backward(grad_TD)
+    return [y_TD.detach(), x_TD.grad, weight_TK.grad, *(parameter.grad for parameter in experts.parameters())]
+
+
+def payload(case, rank, size, name, per_node, element):
+    """Bytes that a rank sends in a forward and backward pass, and those that leave its node, from the routing alone.
+
+    A row crosses once for each peer that it needs, four times in all: there and back in both passes. Behind the row
+    travel a weight and an index for each assignment, and on the last way back the gradient of the weight.
+    """
+    row_bytes, extra = case.hidden * element, {"all_to_all": 0}.get(name, 1)
+    total = far = 0
+
+    def one_way(rows, to_other_node):
+        nonlocal total, far
+        total += rows
+        far += rows * to_other_node
+
+    def between(sender, receiver, ranks_of_sender, experts):
+        """(rows, assignments) that ``sender``'s tokens have for ``experts``; several ranks' when a node gathers."""
+        rows = assignments = 0
+        for source in ranks_of_sender:
+            expert_TK = case.inputs(source, size)[2]
+            wanted_TK = (expert_TK >= experts.start) & (expert_TK < experts.stop)
+            assignments += int(wanted_TK.sum())
+            rows += int(wanted_TK.sum() if name == "all_to_all" else wanted_TK.any(1).sum())
+        return rows, assignments
+
+    def exchange(peers, experts_of, sources_of, counts, is_far):
+        for peer in peers:
+            if peer == rank:
+                continue
+            there = between(rank, peer, sources_of(rank), experts_of(peer))
+            back = between(peer, rank, sources_of(peer), experts_of(rank))
+            one_way(counts * 8, is_far(peer))
+            one_way(2 * there[0] * row_bytes + extra * there[1] * 8, is_far(peer))
+            one_way(2 * back[0] * row_bytes + extra * back[1] * 4, is_far(peer))
+
+    each = case.per_rank
+    node = rank // per_node
+    own = lambda peer: range(peer * each, (peer + 1) * each)  # noqa: E731
+    if name != "hierarchical" or per_node == size:
+        counts = each + extra
+        exchange(range(size), own, lambda peer: [peer], counts, lambda peer: peer // per_node != node)
+        return total, far
+    rail = range(rank % per_node, size, per_node)
+    on_node = lambda peer: range(peer // per_node * per_node * each, (peer // per_node + 1) * per_node * each)  # noqa: E731
+    exchange(rail, on_node, lambda peer: [peer], per_node * each + 1, lambda peer: True)
+    node_ranks = range(node * per_node, (node + 1) * per_node)
+    gathered = lambda peer: range(peer % per_node, size, per_node)  # noqa: E731
+    exchange(node_ranks, own, gathered, len(rail) * (each + 1), lambda peer: False)
+    return total, far
+
+
+def every_case(groups):
+    results = {}
+    for name in EXCHANGES:
+        for key, case in CASES.items():
+            dispatcher, experts = build(case, groups, name)
+            result = apply(case, groups.rank, groups.world_size, dispatcher, experts)
+            traffic = dispatcher.traffic
+            assert 0 <= traffic.exposed_seconds <= traffic.seconds
+            results[name, key] = result, (traffic.bytes_sent, traffic.bytes_between_nodes)
+    return results
+
+
+def parallel(size):
+    return {"expert_model_parallel_size": size, "expert_ranks_per_node": RANKS_PER_NODE[size]}
+
+
+@functools.cache
+def results_of(size):
+    return run_ranks(every_case, size, parallel=parallel(size))
+
+
+expected_of = functools.cache(lambda key, size: oracle(CASES[key], size))
+
+
+def close(actual, expected, tolerance=TOLERANCE):
+    assert actual.shape == expected.shape
+    scale = max(expected.abs().max().item(), 1e-3) if expected.numel() else 1.0
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * scale)
+
+
+def compare(case, size, ranks, expected, tolerance=TOLERANCE):
+    """Results of all ranks against the oracle."""
+    own, grads = expected
+    for rank, result in enumerate(ranks):
+        held = slice(rank * case.per_rank, (rank + 1) * case.per_rank)
+        dropped_TK = case.inputs(rank, size)[2] < 0
+        assert (result[2][dropped_TK] == 0).all()
+        for actual, wanted in zip(result, (*own[rank], *(grad[held] for grad in grads))):
+            close(actual, wanted, tolerance)
+
+
+@pytest.mark.parametrize("key", CASES)
+@pytest.mark.parametrize("name", EXCHANGES)
+@pytest.mark.parametrize("size", RANKS_PER_NODE)
+def test_dispatchers_equal_the_oracle(size, name, key):
+    compare(CASES[key], size, [rank[name, key][0] for rank in results_of(size)], expected_of(key, size))
+
+
+@pytest.mark.parametrize("key", CASES)
+@pytest.mark.parametrize("name", EXCHANGES)
+@pytest.mark.parametrize("size", RANKS_PER_NODE)
+def test_bytes_sent_follow_from_the_routing(size, name, key):
+    for rank, results in enumerate(results_of(size)):
+        assert results[name, key][1] == payload(CASES[key], rank, size, name, RANKS_PER_NODE[size], 4)
+
+
+@pytest.mark.parametrize("key", CASES)
+@pytest.mark.parametrize("name", [*EXCHANGES, "local"])
+def test_without_groups_all_experts_are_here(name, key):
+    case = CASES[key]
+    if case.num_experts(1) < (case.top_k or 1):
+        case = Case(per_rank=2)
+    dispatcher, experts = build(case, None, name)
+    compare(case, 1, [apply(case, 0, 1, dispatcher, experts)], oracle(case, 1))
+    assert dispatcher.traffic.bytes_sent == 0
+
+
+class UnevenExperts(Experts):
+    """Takes a while, a different one in every pass and on every rank."""
+
+    def pause(self):
+        time.sleep(0.03 * torch.rand(()).item())
+
+    def forward(self, x_ND, assignment):
+        self.pause()
+        return super().forward(x_ND, assignment)
+
+    def backward(self, *arguments):
+        self.pause()
+        return super().backward(*arguments)
+
+
+def slow_ranks(groups):
+    case, rank, size = CASES["some dropped"], groups.rank, groups.world_size
+    torch.manual_seed(rank)
+    for name in ("ring", "hierarchical"):
+        runs = []
+        for experts_type in (Experts, UnevenExperts, UnevenExperts):
+            dispatcher, experts = build(case, groups, name, experts_type)
+            if rank == 1 and experts_type is UnevenExperts:
+                time.sleep(0.3)
+            runs.append([apply(case, rank, size, dispatcher, experts) for _ in range(3)][-1])
+        for run in runs[1:]:
+            assert all(map(torch.equal, run, runs[0]))
+
+
+def test_results_are_the_same_bits_whichever_rank_is_slow():
+    run_ranks(slow_ranks, 4, parallel=parallel(4))
+
+
+def variations(groups):
+    for name in EXCHANGES:
+        vary(groups, name)
+
+
+def vary(groups, name):
+    """Recomputation, a frozen input, frozen experts, no gradients: against the plain run."""
+    case, rank, size = CASES["some dropped"], groups.rank, groups.world_size
+    dispatcher, experts = build(case, groups, name)
+    plain = apply(case, rank, size, dispatcher, experts)
+    assert all(map(torch.equal, apply(case, rank, size, dispatcher, experts, recompute=True), plain))
+
+    x_TD, weight_TK, expert_TK, grad_TD = case.inputs(rank, size)
+    experts.zero_grad()
+    dispatcher(x_TD, weight_TK, expert_TK, experts).backward(grad_TD)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(experts.parameters(), plain[3:]))
+
+    experts.requires_grad_(False).zero_grad()
+    x_TD.requires_grad_()
+    dispatcher(x_TD, weight_TK, expert_TK, experts).backward(grad_TD)
+    assert torch.equal(x_TD.grad, plain[1]) and experts.gate_up.grad is None
+
+    with torch.no_grad():
+        y_TD = dispatcher(x_TD, weight_TK, expert_TK, experts)
+    assert torch.equal(y_TD, plain[0]) and not y_TD.requires_grad
+    dispatcher.traffic.reset()
+    assert dispatcher.traffic.bytes_sent == dispatcher.traffic.seconds == 0
+
+
+def test_recomputation_and_frozen_parts():
+    run_ranks(variations, 4, parallel=parallel(4))
+
+
+HALVES = {"wire": [torch.float32] * 5, "model": [*[torch.bfloat16] * 2, torch.float32, *[torch.bfloat16] * 2]}
+"""What is bf16 -> types of the results."""
+
+
+def in_half(groups):
+    """Results and bytes sent of every dispatcher and both ways to use bf16."""
+    case, results = CASES["plain"], {}
+    for name in EXCHANGES:
+        for half in HALVES:
+            dispatcher, experts = build(case, groups, name, wire_dtype="bf16" if half == "wire" else "same")
+            dtype = torch.float32 if half == "wire" else torch.bfloat16
+            result = apply(case, groups.rank, groups.world_size, dispatcher, experts.to(dtype), dtype=dtype)
+            results[name, half] = result, dispatcher.traffic.bytes_sent
+    return results
+
+
+@functools.cache
+def results_in_half():
+    return run_ranks(in_half, 4, parallel=parallel(4))
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+@pytest.mark.parametrize("half", HALVES)
+def test_bf16_is_near_and_half_as_long(half, name):
+    case, results = CASES["plain"], [rank[name, half] for rank in results_in_half()]
+    assert all([tensor.dtype for tensor in result] == HALVES[half] for result, _ in results)
+    compare(case, 4, [result for result, _ in results], oracle(case, 4), 3e-2)
+    for rank, (_, sent) in enumerate(results):
+        assert sent == payload(case, rank, 4, name, RANKS_PER_NODE[4], 2)[0]
