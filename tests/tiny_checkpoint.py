@@ -106,7 +106,12 @@ def export_tiny(tiny: Tiny, output: Path, **options) -> Path:
 
 
 def load_stock(directory: Path, attention: str = "eager", **options) -> PreTrainedModel:
-    """The export as stock transformers loads it, in fp32; every weight must be there and none too many."""
+    """The export as stock transformers loads it, in fp32; every weight must be there and none too many.
+
+    Experts are computed by a loop beside eager attention, by transformers' default, grouped_mm, beside any other.
+    """
+    if attention == "eager":
+        options["experts_implementation"] = "eager"
     trust = (directory / "modeling_mds_common.py").exists()
     model, loading = AutoModelForCausalLM.from_pretrained(
         directory,

@@ -61,8 +61,15 @@ def test_logits_are_those_of_the_training_model(exported, attention):
         {"attention": HYBRID | {"pattern": "L"}, "untie_embeddings_and_output_weights": True, "num_query_groups": 4},
         {"attention": FULL, "num_query_groups": 1, "hidden_size": 50, "norm_epsilon": 1e-3},
         {"attention": HYBRID | {"pattern": "L", "window": 1}, "qk_layernorm": False},
+        {"attention": SOFT_GATE, "rotary_interleaved": True},
     ],
-    ids=["untied gate without query/key norm", "untied, all layers local", "one key head, odd width", "window 1"],
+    ids=[
+        "untied gate without query/key norm",
+        "untied, all layers local",
+        "one key head, odd width",
+        "window 1",
+        "interleaved gate",
+    ],
 )
 def test_logits_of_other_shapes(tmp_path, model):
     tiny = save_tiny(tmp_path / "checkpoints", **model)
@@ -70,7 +77,7 @@ def test_logits_of_other_shapes(tmp_path, model):
 
 
 @pytest.mark.parametrize("scaling", ROPE.values(), ids=ROPE.keys())
-@pytest.mark.parametrize("target", ["qwen3", "cwm", "mds_dense"])
+@pytest.mark.parametrize("target", ["qwen3", "cwm", "mds_dense", "ernie4_5_moe", "mds_moe"])
 def test_every_context_extension_arrives(tmp_path, target, scaling):
     """The extension changes the logits by far more than the tolerance, and the export by as much."""
     tiny = save_tiny(tmp_path / "checkpoints", **MODELS[target], rope_scaling=scaling)

@@ -1,4 +1,4 @@
-"""The remote code by itself: against the formula, padding, caches, attention kernels, and what loading it takes."""
+"""The remote code of the soft gate: against the formula, padding, caches, attention kernels, what loading it takes."""
 
 import filecmp
 from importlib.resources import files
@@ -35,9 +35,10 @@ def test_attention_is_the_formula():
     x_1SD = torch.randn(1, length, 12)
     distance_SS = torch.arange(length)[:, None] - torch.arange(length)
     causal = torch.zeros(1, 1, length, length).masked_fill(distance_SS < 0, -torch.inf)
-    turn = (torch.ones(1, 1, length, 4), torch.zeros(1, 1, length, 4))
+    turn = (torch.ones(1, 1, length, 2), torch.zeros(1, 1, length, 2))
+    far_SS = (distance_SS >= config.local_window).float()
     with torch.no_grad():
-        out_1SD, _ = attention(x_1SD, turn, causal, (distance_SS >= config.local_window).float())
+        out_1SD, _ = attention(x_1SD, causal, far_SS, position_embeddings=turn)
         query, key, value = (
             layer(x_1SD[0]).view(length, -1, 4) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
@@ -133,7 +134,7 @@ def test_the_code_is_run_only_for_those_who_ask(directory):
 
 
 def test_the_directory_carries_our_files_byte_for_byte(directory):
-    for name in ("configuration_mds_dense.py", "modeling_mds_dense.py"):
+    for name in ("configuration_mds_dense.py", "modeling_mds_dense.py", "modeling_mds_common.py"):
         assert filecmp.cmp(directory / name, str(files("megatron_ds.hf.remote_code").joinpath(name)), shallow=False)
 
 

@@ -1,14 +1,15 @@
-"""Which target can hold which model, why another cannot, and what config.json says; all without torch."""
+"""Which dense target can hold which model, why another cannot, and what config.json says; all without torch."""
 
 import pytest
 
 from megatron_ds.config.schema import ModelConfig
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.targets import TARGETS, choose_target
-from megatron_ds.hf.targets.common import SpecialIds, hugging_face_name, layer_types, sliding_window
+from megatron_ds.hf.targets.common import SpecialIds, layer_types, sliding_window
 
 IDS = SpecialIds(bos=1, eos=2, pad=None)
 FULL, GATE = {"kind": "full"}, {"kind": "soft_gate", "window": 9}
+DENSE = [name for name, target in TARGETS.items() if not target.has_experts]
 HYBRID = {"kind": "hybrid", "pattern": "LLG", "window": 9}
 
 
@@ -33,10 +34,10 @@ def dense(**settings) -> ModelConfig:
 )
 def test_which_targets_hold_a_model(attention, qk_layernorm, able):
     model = dense(attention=attention, qk_layernorm=qk_layernorm)
-    assert [name for name, target in TARGETS.items() if not target.reasons(model)] == able
+    assert [name for name, target in TARGETS.items() if not target.reasons(model, None)] == able
     assert choose_target(model).model_type == able[0]
     for name in able:
-        assert choose_target(model, name).model_type == name
+        assert choose_target(model, None, name).model_type == name
 
 
 @pytest.mark.parametrize(
@@ -64,12 +65,29 @@ def test_which_targets_hold_a_model(attention, qk_layernorm, able):
             {"attention": FULL},
             "--target mds_dense: mds_dense is for the soft gate only: model.attention.kind is full; use --target qwen3",
         ),
-        ("gpt2", {}, "--target gpt2: unknown; choose auto, qwen3, llama, cwm, mds_dense"),
+        (
+            "qwen3",
+            {"attention": HYBRID, "rotary_interleaved": True},
+            "--target qwen3: qwen3 turns channels half a head apart as pairs: model.rotary_interleaved is true; "
+            "no target can express this model",
+        ),
+        (
+            "mixtral",
+            {"attention": FULL},
+            "--target mixtral: mixtral is for models with experts: the configuration has no moe section; "
+            "use --target qwen3",
+        ),
+        (
+            "gpt2",
+            {},
+            "--target gpt2: unknown; choose auto, qwen3, llama, cwm, mds_dense, ernie4_5_moe, qwen3_moe, mixtral, "
+            "mds_moe",
+        ),
     ],
 )
 def test_a_target_is_refused_with_its_reasons_and_the_way_out(target, settings, message):
     with pytest.raises(ConfigError) as error:
-        choose_target(dense(**settings), target)
+        choose_target(dense(**settings), None, target)
     assert str(error.value) == message
 
 
@@ -81,9 +99,10 @@ def test_auto_names_every_reason_when_no_target_can():
     ) as error:
         choose_target(model)
     assert "llama needs a width that the heads divide: model.hidden_size is 66" in str(error.value)
+    assert "moe" not in str(error.value), "families for experts have nothing to say"
     assert "cwm needs" in str(error.value) and "mds_dense is for the soft gate only" in str(error.value)
     with pytest.raises(ConfigError, match="no target can express this model"):
-        choose_target(model, "llama")
+        choose_target(model, None, "llama")
 
 
 def test_the_pattern_repeats_over_the_depth_and_the_window_is_one_wider():
@@ -93,12 +112,12 @@ def test_the_pattern_repeats_over_the_depth_and_the_window_is_one_wider():
     assert sliding_window(dense(attention=HYBRID | {"pattern": "GGGGGL"})) is None, "the pattern ends before its L"
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", DENSE)
 def test_no_setting_is_left_to_a_familys_default(name):
     scaling = {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
     attention = GATE if name == "mds_dense" else HYBRID
     model = dense(rope_scaling=scaling, rotary_base=5e4, norm_epsilon=3e-6, attention=attention)
-    config = TARGETS[name].config(model, IDS, "bfloat16")
+    config = TARGETS[name].config(model, None, IDS, "bfloat16")
     assert config["model_type"] == name and config["architectures"][0].endswith("ForCausalLM")
     rope = config["rope_parameters"]
     assert (rope["rope_type"], rope["rope_theta"], rope["original_max_position_embeddings"]) == ("yarn", 5e4, 512)
@@ -117,27 +136,20 @@ def test_no_setting_is_left_to_a_familys_default(name):
 
 
 def test_the_unscaled_rotary_embedding_has_no_rope_scaling():
-    config = TARGETS["llama"].config(dense(), IDS, "float32")
+    config = TARGETS["llama"].config(dense(), None, IDS, "float32")
     assert config["rope_scaling"] is None
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def test_qwen3_says_that_it_slides():
     """With use_sliding_window left at false, transformers drops the window and fails."""
-    hybrid = TARGETS["qwen3"].config(dense(attention=HYBRID), IDS, "float32")
+    hybrid = TARGETS["qwen3"].config(dense(attention=HYBRID), None, IDS, "float32")
     assert (hybrid["use_sliding_window"], hybrid["max_window_layers"]) == (True, 5)
-    full = TARGETS["qwen3"].config(dense(attention=FULL), IDS, "float32")
+    full = TARGETS["qwen3"].config(dense(attention=FULL), None, IDS, "float32")
     assert (full["use_sliding_window"], full["sliding_window"]) == (False, None)
 
 
 def test_mds_dense_never_names_the_keys_that_shrink_the_cache():
-    config = TARGETS["mds_dense"].config(dense(attention=GATE), IDS, "float32")
+    config = TARGETS["mds_dense"].config(dense(attention=GATE), None, IDS, "float32")
     assert not {"sliding_window", "layer_types"} & set(config)
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-
-
-def test_names():
-    assert hugging_face_name("embedding.weight") == "model.embed_tokens.weight"
-    assert hugging_face_name("layers.12.attention.output.weight") == "model.layers.12.self_attn.o_proj.weight"
-    with pytest.raises(KeyError):
-        hugging_face_name("layers.0.mlp.router.weight")

@@ -31,6 +31,16 @@ def test_a_true_export_passes_and_carries_its_report(tmp_path, tokenizer_directo
     assert [check["passed"] for check in report["checks"]] == [True, True, True, None, True, True]
 
 
+@pytest.mark.parametrize(("target", "precision"), [("ernie4_5_moe", "bf16"), ("mds_moe", "fp32")])
+def test_experts_are_verified_by_a_loop_and_by_grouped_products(tmp_path, capsys, target, precision):
+    """In bf16 the router of the reference stays what it is in the file: fp32."""
+    tiny = save_tiny(tmp_path / "checkpoints", **MODELS[target])
+    export_tiny(tiny, tmp_path / "model", verify=True, precision=precision)
+    out = capsys.readouterr().out
+    assert "ok     logits, eager" in out and "ok     logits, sdpa and grouped_mm" in out
+    assert ("carries the mds_moe code" in out) is (target == "mds_moe")
+
+
 def test_a_false_export_is_named_and_not_left_behind(tmp_path, capsys, monkeypatch):
     """One weight off by a percent, as a wrong cast or a mixed-up shard would leave it."""
 
@@ -64,6 +74,7 @@ def test_rounding_is_what_the_export_rounds(tmp_path):
     from megatron_ds.hf.decoder import load_decoder
 
     tiny = save_tiny(tmp_path / "checkpoints")
-    rounded = load_decoder(tiny.checkpoint, torch.bfloat16)
+    rounded = load_decoder(tiny.checkpoint, lambda name: torch.float32 if name == "norm.weight" else torch.bfloat16)
     for name, parameter in rounded.named_parameters():
-        assert torch.equal(parameter, tiny.checkpoint.read(name).bfloat16().float())
+        rounded_to = torch.float32 if name == "norm.weight" else torch.bfloat16
+        assert torch.equal(parameter, tiny.checkpoint.read(name).to(rounded_to).float())

@@ -8,23 +8,30 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from megatron_ds.checkpoint.pieces import whole
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.hf.options import parse_size
-from megatron_ds.hf.writer import Entry, plan_shards, write_weights
+from megatron_ds.hf.plan import Entry
+from megatron_ds.hf.writer import plan_shards, write_weights
 
 SHAPES = {"a": (7, 3), "b": (5,), "c": (9, 3), "d": (1, 1)}
 WEIGHTS = {name: torch.randn(shape, generator=torch.Generator().manual_seed(1)) for name, shape in SHAPES.items()}
 
 
-def entries(**shapes):
-    return [Entry(f"hf.{name}", name, shapes.get(name, shape)) for name, shape in SHAPES.items()]
+def entries(precision="fp32"):
+    return [Entry(f"hf.{name}", name, whole(shape), shape, precision) for name, shape in SHAPES.items()]
+
+
+def reading(weights=WEIGHTS):
+    """The values of a part of a tensor, flattened, as a checkpoint gives them."""
+    return lambda name, box: weights[name][tuple(slice(*ends) for ends in box)].flatten()
 
 
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
 def test_one_file_holds_every_tensor_cast_once(tmp_path, precision, dtype):
-    write_weights(tmp_path, entries(), WEIGHTS.__getitem__, precision, 1 << 30)
+    write_weights(tmp_path, entries(precision), reading(), 1 << 30)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     loaded = load_file(tmp_path / "model.safetensors")
     assert set(loaded) == {f"hf.{name}" for name in SHAPES}
@@ -36,7 +43,7 @@ def test_one_file_holds_every_tensor_cast_once(tmp_path, precision, dtype):
 
 
 def test_shards_hold_the_same_tensors_and_an_index(tmp_path):
-    write_weights(tmp_path, entries(), WEIGHTS.__getitem__, "fp32", 104)
+    write_weights(tmp_path, entries(), reading(), 104)
     names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "model.safetensors.index.json"]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -48,7 +55,7 @@ def test_shards_hold_the_same_tensors_and_an_index(tmp_path):
 
 def test_a_shard_is_as_full_as_it_may_be_and_a_large_tensor_stands_alone():
     def sources(limit):
-        return [[entry.source for entry in shard] for shard in plan_shards(entries(), 4, limit)]
+        return [[entry.source for entry in shard] for shard in plan_shards(entries(), limit)]
 
     assert sources(84 + 20) == [["a", "b"], ["c"], ["d"]]
     assert sources(84 + 20 - 1) == [["a"], ["b"], ["c"], ["d"]]
@@ -56,22 +63,32 @@ def test_a_shard_is_as_full_as_it_may_be_and_a_large_tensor_stands_alone():
     assert sources(1) == [["a"], ["b"], ["c"], ["d"]]
 
 
-def test_rows_beyond_the_vocabulary_are_cut(tmp_path):
-    write_weights(tmp_path, entries(a=(4, 3)), WEIGHTS.__getitem__, "fp32", 1 << 30)
-    assert torch.equal(load_file(tmp_path / "model.safetensors")["hf.a"], WEIGHTS["a"][:4])
+def test_an_entry_is_a_part_of_a_tensor_in_a_shape_and_precision_of_its_own(tmp_path):
+    parts = [
+        Entry("rows", "a", ((2, 5), (0, 3)), (3, 3), "bf16"),
+        Entry("row", "b", ((0, 5),), (1, 5), "fp32"),
+        Entry("nothing", None, ((0, 2),), (1, 2), "fp16"),
+    ]
+    write_weights(tmp_path, parts, reading(), 36)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 18 + 20 + 4, "total_parameters": 9 + 5 + 2}
+    loaded = {name: load_file(tmp_path / file)[name] for name, file in index["weight_map"].items()}
+    assert torch.equal(loaded["rows"], WEIGHTS["a"][2:5].bfloat16())
+    assert torch.equal(loaded["row"], WEIGHTS["b"][None])
+    assert torch.equal(loaded["nothing"], torch.zeros(1, 2, dtype=torch.float16))
 
 
 def test_one_tensor_is_alive_at_a_time(tmp_path):
     """When a tensor is read, the one before has been let go."""
     alive = []
 
-    def read(name):
+    def read(name, box):
         assert not alive or alive[-1]() is None
-        tensor = WEIGHTS[name].clone()
+        tensor = WEIGHTS[name].flatten().clone()
         alive.append(weakref.ref(tensor))
         return tensor
 
-    write_weights(tmp_path, entries(), read, "bf16", 1 << 30)
+    write_weights(tmp_path, entries("bf16"), read, 1 << 30)
     assert len(alive) == len(SHAPES)
 
 
@@ -82,7 +99,7 @@ def test_one_tensor_is_alive_at_a_time(tmp_path):
 def test_a_weight_that_is_not_finite_is_named(tmp_path, value, precision, fix):
     weights = WEIGHTS | {"c": torch.full((9, 3), value)}
     with pytest.raises(CheckpointError, match=f"c: holds values that are not finite in {precision}; {fix}"):
-        write_weights(tmp_path, entries(), weights.__getitem__, precision, 1 << 30)
+        write_weights(tmp_path, entries(precision), reading(weights), 1 << 30)
 
 
 @pytest.mark.parametrize(("text", "size"), [("4GiB", 2**32), ("500 MB", 5 * 10**8), ("1.5kib", 1536), ("77", 77)])
