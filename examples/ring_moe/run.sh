@@ -20,5 +20,5 @@ deepspeed --num_gpus 4 pretrain.py --deepspeed_config ds_configs/v2_tiny.json --
 step "3/4 export to Hugging Face, and check it against the trained model"
 megatron-ds export-hf --load runs/v2_tiny/checkpoints --output export/v2_tiny --verify --force
 
-step "4/4 experts: load of every layer in the last steps"
+step "4/4 experts: the load of every layer at the last step"
 megatron-ds experts --run runs/v2_tiny
