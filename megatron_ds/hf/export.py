@@ -47,7 +47,7 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> Targ
     target = choose_target(model, moe, options.target)
     precision = options.precision or run.dtype_name
     tokenizer = find_tokenizer(checkpoint, run, options.tokenizer)
-    entries = plan_entries(check_tensors(checkpoint, model, moe), model, moe, target, precision)
+    entries = plan_entries(check_tensors(checkpoint, model, moe), run, target, precision)
     with committed(output, options.force) as directory:
         write_weights(directory, entries, partial(_read, checkpoint), options.max_shard_size)
         ids = tokenizer.special_ids() if tokenizer else plain_ids(run)

@@ -23,10 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_ds.checkpoint.reader import Checkpoint
-from megatron_ds.config.schema import ModelConfig
+from megatron_ds.config.schema import ModelConfig, RunConfig
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.decoder import load_decoder, read_config
 from megatron_ds.hf.options import FORMATS
+from megatron_ds.hf.plan import held_precision
 from megatron_ds.hf.targets import TARGETS
 from megatron_ds.hf.targets.common import Target
 from megatron_ds.hf.tokenizer_files import TokenizerFiles
@@ -78,9 +79,9 @@ def verify(
     ``precision`` is the export's (a key of ``options.FORMATS``); ``report`` receives one line per check. Raises
     CheckpointError when a check fails, or when the directory cannot be loaded at all.
     """
-    model = read_config(checkpoint).megatron_ds.model
+    run = read_config(checkpoint)
     target = TARGETS[json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"]]
-    token_NS = _sequences(model, tokenizer)
+    token_NS = _sequences(run.megatron_ds.model, tokenizer)
     position_P = torch.linspace(0, token_NS.shape[1] - 1, min(token_NS.shape[1], MAX_POSITIONS_COMPARED)).long()
     report(f"verifying with transformers {version('transformers')} in a fresh offline process")
     if target.code_files:
@@ -89,7 +90,7 @@ def verify(
     texts = list(TEXTS) if tokenizer else []
     answer, logits = _probe(directory, token_NS, position_P, texts, target)
 
-    decoder = load_decoder(checkpoint, partial(_dtype, target, precision))
+    decoder = load_decoder(checkpoint, partial(_dtype, run, target, precision))
     reference_NPV = _reference_logits(decoder, token_NS, position_P)
     checks = [_check_keys(answer["keys"])]
     checks += [_check_logits(name, logits_NPV, reference_NPV, precision) for name, logits_NPV in logits.items()]
@@ -153,9 +154,9 @@ def _probe(
         return json.loads((work / "answer.json").read_text()), load_file(work / "logits.safetensors")
 
 
-def _dtype(target: Target, precision: str, name: str) -> torch.dtype:
+def _dtype(run: RunConfig, target: Target, precision: str, name: str) -> torch.dtype:
     """What the export rounds the tensor of a logical name to."""
-    return torch.float32 if target.keeps_fp32(name) else getattr(torch, FORMATS[precision].name)
+    return getattr(torch, FORMATS[held_precision(name, run, target, precision)].name)
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from megatron_ds.checkpoint.pieces import Box
 from megatron_ds.errors import CheckpointError
+from megatron_ds.hf.options import FORMATS
 from megatron_ds.hf.plan import Entry
 
 
@@ -80,9 +81,9 @@ def _header(shard: list[Entry]) -> bytes:
 def _values(entry: Entry, read: Callable[[str, Box], Tensor]) -> memoryview:
     """The bytes of one tensor."""
     exact = torch.zeros(entry.numel) if entry.source is None else read(entry.source, entry.box)
-    values = exact.to(getattr(torch, entry.format.name))
+    values = exact.to(getattr(torch, FORMATS[entry.rounding].name)).to(getattr(torch, entry.format.name))
     assert values.numel() == entry.numel, f"{entry.name}: {values.numel()} values for the shape {entry.shape}"
     if not torch.isfinite(values).all():
         fits = "export with --dtype bf16 or fp32" if torch.isfinite(exact).all() else "use an earlier checkpoint"
-        raise CheckpointError(f"{entry.source}: holds values that are not finite in {entry.precision}; {fits}")
+        raise CheckpointError(f"{entry.source}: holds values that are not finite in {entry.rounding}; {fits}")
     return values.view(torch.uint8).numpy().data

@@ -119,6 +119,18 @@ def test_sixteen_bits_leave_the_router_what_its_family_computes_in(exported, tmp
         assert torch.isfinite(model(random_tokens()).logits).all()
 
 
+@pytest.mark.parametrize("ran_in", ["fp32", "bf16"])
+def test_the_router_holds_what_training_computed_with(tmp_path, ran_in):
+    """A bf16 run rounded the weight in every step, so its export does; the bias was fp32 in any run."""
+    tiny = save_tiny(tmp_path / "checkpoints", **MODELS["ernie4_5_moe"])
+    tiny.checkpoint.config["bf16"]["enabled"] = ran_in == "bf16"
+    weights = weights_of(export_tiny(tiny, tmp_path / "model", precision="bf16"))
+    router = tiny.decoder.layers[1].mlp.router
+    expected = router.weight.bfloat16().float() if ran_in == "bf16" else router.weight
+    assert torch.equal(weights["model.layers.1.mlp.gate.weight"], expected)
+    assert torch.equal(weights["model.layers.1.mlp.moe_statics.e_score_correction_bias"][0], router.bias)
+
+
 @pytest.mark.parametrize(
     ("target", "changes"),
     [

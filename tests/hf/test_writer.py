@@ -19,7 +19,7 @@ WEIGHTS = {name: torch.randn(shape, generator=torch.Generator().manual_seed(1)) 
 
 
 def entries(precision="fp32"):
-    return [Entry(f"hf.{name}", name, whole(shape), shape, precision) for name, shape in SHAPES.items()]
+    return [Entry(f"hf.{name}", name, whole(shape), shape, precision, precision) for name, shape in SHAPES.items()]
 
 
 def reading(weights=WEIGHTS):
@@ -65,16 +65,18 @@ def test_a_shard_is_as_full_as_it_may_be_and_a_large_tensor_stands_alone():
 
 def test_an_entry_is_a_part_of_a_tensor_in_a_shape_and_precision_of_its_own(tmp_path):
     parts = [
-        Entry("rows", "a", ((2, 5), (0, 3)), (3, 3), "bf16"),
-        Entry("row", "b", ((0, 5),), (1, 5), "fp32"),
-        Entry("nothing", None, ((0, 2),), (1, 2), "fp16"),
+        Entry("rows", "a", ((2, 5), (0, 3)), (3, 3), "bf16", "bf16"),
+        Entry("row", "b", ((0, 5),), (1, 5), "fp32", "fp32"),
+        Entry("nothing", None, ((0, 2),), (1, 2), "fp16", "fp16"),
+        Entry("rounded", "c", ((8, 9), (0, 3)), (1, 3), "fp32", "bf16"),
     ]
     write_weights(tmp_path, parts, reading(), 36)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"] == {"total_size": 18 + 20 + 4, "total_parameters": 9 + 5 + 2}
+    assert index["metadata"] == {"total_size": 18 + 20 + 4 + 12, "total_parameters": 9 + 5 + 2 + 3}
     loaded = {name: load_file(tmp_path / file)[name] for name, file in index["weight_map"].items()}
     assert torch.equal(loaded["rows"], WEIGHTS["a"][2:5].bfloat16())
     assert torch.equal(loaded["row"], WEIGHTS["b"][None])
+    assert torch.equal(loaded["rounded"], WEIGHTS["c"][8:].bfloat16().float())
     assert torch.equal(loaded["nothing"], torch.zeros(1, 2, dtype=torch.float16))
 
 

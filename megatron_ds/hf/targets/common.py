@@ -80,10 +80,6 @@ class Target:
             return [f"{self.model_type} has no experts: moe.num_experts is {moe.num_experts}"]
         return self.limits(model, moe)
 
-    def keeps_fp32(self, name: str) -> bool:
-        """Whether the tensor of a logical name is not rounded to the precision of the export."""
-        return name.startswith("layers.") and name.split(".", 2)[2] in self.kept_fp32
-
 
 def layer_types(model: ModelConfig) -> list[str]:
     """Hugging Face's layer_types: one entry per layer, from the repeated pattern."""
