@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--load", type=Path, metavar="DIR", required=True, help="checkpoint directory, or one step in it")
     add("--output", type=Path, metavar="DIR", required=True, help="directory to write; must not exist without --force")
     families = ["auto", *TARGETS]
-    add("--target", default="auto", choices=families, help="auto takes the first family that can express the model")
+    which = "auto takes the first that can express the model (docs/export.md: what each can hold)"
+    add("--target", default="auto", choices=families, help=f"model family; {which}")
     add("--dtype", choices=list(FORMATS), help="number format of the weights; by default the run's")
     add("--verify", action="store_true", help="load the result in a fresh process, compare it with the training model")
     add("--tokenizer", type=Path, metavar="DIR", help="tokenizer directory; by default the checkpoint's copy")

@@ -9,6 +9,10 @@ from safetensors.torch import load_file
 from tiny_checkpoint import EXPERTS, FULL, MODELS, export_tiny, load_stock, random_tokens, save_tiny
 from transformers import AutoModelForCausalLM
 
+from megatron_ds.checkpoint.pieces import Fragment, whole
+from megatron_ds.checkpoint.store import CheckpointStore, SingleProcess, open_checkpoint
+from megatron_ds.hf.export import export
+from megatron_ds.hf.options import ExportOptions
 from megatron_ds.hf.targets import TARGETS
 
 TOLERANCE = 2e-5
@@ -80,13 +84,31 @@ def test_one_part_of_one_expert_is_read_at_a_time(exported, tmp_path, monkeypatc
     assert {size for name, size in largest.items() if "experts" in name} == {40 * 48}
 
 
+def test_the_checkpoint_may_be_in_the_pieces_of_many_ranks(tmp_path):
+    """Two expert-parallel ranks, each stack further cut in the middle of an expert, as ZeRO does."""
+    tiny = save_tiny(tmp_path / "whole", **MODELS["ernie4_5_moe"])
+    fragments = []
+    for name, tensor in tiny.decoder.state_dict().items():
+        for lo, hi in ((0, 2), (2, 6)) if ".experts." in name else [(0, len(tensor))]:
+            box = ((lo, hi), *whole(tensor.shape)[1:])
+            values, cut = tensor[lo:hi].flatten(), tensor[lo:hi].numel() * 3 // 7
+            fragments.append(Fragment(name, "weight", tuple(tensor.shape), box, 0, values[:cut]))
+            fragments.append(Fragment(name, "weight", tuple(tensor.shape), box, cut, values[cut:]))
+    CheckpointStore(tmp_path / "pieces", SingleProcess()).save(
+        7, fragments, rank_state={}, trainer={}, config=tiny.checkpoint.config
+    )
+    export(open_checkpoint(tmp_path / "pieces"), tmp_path / "from_pieces", ExportOptions())
+    expected, weights = weights_of(export_tiny(tiny, tmp_path / "model")), weights_of(tmp_path / "from_pieces")
+    assert expected.keys() == weights.keys() and all(torch.equal(expected[name], weights[name]) for name in expected)
+
+
 def test_experts_may_lie_in_several_files(exported, tmp_path):
     _, tiny, directory = exported
     sharded = export_tiny(tiny, tmp_path / "model", max_shard_size=20_000)
     index = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
     assert len({file for name, file in index.items() if name.startswith("model.layers.2.") and "experts" in name}) > 1
-    whole, parts = weights_of(directory), weights_of(sharded)
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    single, parts = weights_of(directory), weights_of(sharded)
+    assert single.keys() == parts.keys() and all(torch.equal(single[name], parts[name]) for name in single)
     assert_same_logits(tiny, sharded)
 
 

@@ -112,6 +112,16 @@ def test_foreign_code_is_never_executed(exported, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_model_with_experts_runs_the_code_of_the_package(tmp_path):
+    tiny = save_tiny(tmp_path / "c", tokenizer=train_tokenizer(tmp_path / "tokenizer"), **MODELS["mds_moe"])
+    model, tokenizer = load(export_tiny(tiny, tmp_path / "model"))
+    assert type(model).__module__ == "megatron_ds.hf.remote_code.modeling_mds_moe"
+    [text] = generate(model, tokenizer, PROMPT, Sampling(max_new_tokens=1, temperature=0.0))
+    ids = tokenizer(PROMPT).input_ids
+    best = tiny.logits(torch.tensor([ids]))[0, -1].argmax().item()
+    assert text == tokenizer.decode([*ids, best], skip_special_tokens=True)
+
+
 def test_missing_parts_are_named(exported, tmp_path):
     with pytest.raises(CheckpointError), hugging_face_directory(tmp_path):
         pass

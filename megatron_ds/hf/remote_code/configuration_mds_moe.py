@@ -50,24 +50,20 @@ class MdsMoeConfig(PretrainedConfig):
         **kwargs,
     ):
         self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
+        self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
         self.head_dim = head_dim
         self.layer_types = layer_types or ["full_attention"] * num_hidden_layers
         self.sliding_window = sliding_window
         self.use_qk_norm = use_qk_norm
         self.rope_interleaved = rope_interleaved
         self.mlp_only_layers = list(mlp_only_layers)
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
+        self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
         self.moe_intermediate_size = moe_intermediate_size
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
         self.scoring_func = scoring_func
-        self.n_group = n_group
-        self.topk_group = topk_group
+        self.n_group, self.topk_group = n_group, topk_group
         self.refine_candidates = refine_candidates
         self.norm_topk_prob = norm_topk_prob
         self.routed_scaling_factor = routed_scaling_factor

@@ -57,6 +57,7 @@ class MdsDenseModel(MdsModelMixin, MdsDensePreTrainedModel):
     build_layer = MdsDenseDecoderLayer
 
     def attention_inputs(self, x_BQD, **mask_inputs):
+        """The same for every layer: the causal bias, and which cache slots are far from which queries."""
         causal_B1QC = self._causal_bias(x_BQD, **mask_inputs)
         # Distance in cache slots equals distance in positions: padding shifts both ends of it alike.
         past_key_values = mask_inputs["past_key_values"]

@@ -161,6 +161,7 @@ class MdsMoeModel(MdsModelMixin, MdsMoePreTrainedModel):
     build_layer = MdsMoeDecoderLayer
 
     def attention_inputs(self, x_BQD, **mask_inputs):
+        """Mask and window of each layer, by its type."""
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
         masks = {
