@@ -79,6 +79,7 @@ class Balance(Fp32Buffers):
         priority_A = torch.arange(len(expert_A), device=expert_A.device)
         if capacity.drop_policy == "probs":
             priority_A = routing.weight_TK.detach().flatten().argsort(descending=True, stable=True)
+        # The assignments expert by expert, each expert's own by priority: the place among these decides.
         queue_A = priority_A[expert_A[priority_A].argsort(stable=True)]
         count_E = expert_A.bincount(minlength=self.moe.num_experts)
         start_E = count_E.cumsum(0) - count_E

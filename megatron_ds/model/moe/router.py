@@ -5,8 +5,8 @@
     fine     which K candidates are chosen: those best by s + bias, or by s' + bias with refined scores s'
     weights  s (s') of the chosen, without the bias; normalised and scaled
 
-``Router.forward`` is these four steps. The bias only selects, so it has no gradient: ``balance.py`` moves it. Every
-stage works token by token and of equal scores the lower index wins, so the company a token is in changes nothing.
+``Router.forward`` is these four steps. The bias only selects, so it has no gradient: ``balance.py`` moves it. No stage
+looks at another token, and of equal scores the lower index wins.
 
 Without the learned refine stage this is the router of stock models: with softmax mixtral's, qwen3_moe's and
 ernie4_5_moe's (bias), deepseek_v2's (groups); with sigmoid deepseek_v3's.
