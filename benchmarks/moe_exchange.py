@@ -60,15 +60,15 @@ def main(argv: list[str]) -> int:
     made = harness.parser(__doc__, rounds=7)
     made.add_argument("--quick", action="store_true", help="two rounds and little data: does it run?")
     options = made.parse_args(argv)
-    if reason := obstacle():
-        print(f"SKIPPED: {reason}")
-        return 0
-    torch.set_num_threads(1)
     if options.quick:
         options.rounds = 2
+    torch.set_num_threads(1)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("deepspeed", "megatron-core"))
     report = harness.Report(f"{TITLE}\n{versions}")
     with ended_by_signals():
+        if reason := obstacle():
+            print(f"SKIPPED: {reason}")
+            return 0
         with cluster(hosts=4) as ranks:
             compare_layers(report, ranks, options)
             compare_raw(report, ranks, 200, options)

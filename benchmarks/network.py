@@ -46,7 +46,7 @@ class Network:
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "Network":
-        with contextlib.ExitStack() as undo:
+        with _uninterrupted(), contextlib.ExitStack() as undo:
             undo.enter_context(_cubic_allowed())
             self._namespace(undo, self._switch)
             _run("ip", "-n", self._switch, "link", "add", "bridge", "mtu", str(MTU), "type", "bridge")
@@ -58,7 +58,8 @@ class Network:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._undo.close()
+        with _uninterrupted():
+            self._undo.close()
 
     def address(self, host: int) -> str:
         """IP address of a host; private to this network."""
@@ -110,11 +111,12 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            process.kill()
-            process.wait()
-        for pipe in self._pipes:
-            pipe.close()
+        with _uninterrupted():
+            for process in self._processes:
+                process.kill()
+            for process, pipe in zip(self._processes, self._pipes):
+                process.wait()
+                pipe.close()
 
     def call(self, name: str, *arguments: Any, timeout: float = 600.0) -> list[Any]:
         """``name(*arguments)`` on every rank; the results in rank order. RuntimeError when one fails or is silent."""
@@ -190,6 +192,7 @@ def ended_by_signals() -> Iterator[None]:
     """Turn a SIGTERM into an exception, so that ``with`` statements clean up as after Ctrl-C."""
 
     def leave(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # who ends a whole group of processes may send a second one
         sys.exit(128 + number)
 
     before = signal.signal(signal.SIGTERM, leave)
@@ -197,6 +200,16 @@ def ended_by_signals() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the body is done."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """The parts of the exchange benchmark that have to be right before its numbers mean anything."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +20,10 @@ from moe_peers import Shape, make_problem, route  # noqa: E402
 from payload_memory import PayloadMemory  # noqa: E402
 
 
-def namespaces() -> set[str]:
-    return set(subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split())
+def namespaces(pid: int) -> set[str]:
+    """Those that a process made and did not remove."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout.split()
+    return {name for name in listed if name.startswith(f"mds{pid}")}
 
 
 TALK = """
@@ -66,19 +70,36 @@ def test_network_or_the_reason_why_not(capsys, tmp_path):
         return
     script = tmp_path / "talk.py"
     script.write_text(TALK.format(benchmarks=str(BENCHMARKS)))
-    before, allowed = namespaces(), network.CONGESTION_CONTROLS.read_text()
+    allowed = network.CONGESTION_CONTROLS.read_text()
     with pytest.raises(RuntimeError, match="rank 1 ended"), network.Network(hosts=2) as made:
         made.shape(100)
         made.shape(0)
-        assert namespaces() - before >= set(made.names)
+        assert namespaces(os.getpid()) > set(made.names)
         with network.Ranks(made, script) as ranks:
             ranks.call("ready")
             (received, replies), (sent, on_the_wire) = ranks.call("talk", made.address(0), 10**6)
             assert received == sent == 10**6
             assert sent <= on_the_wire <= 1.05 * sent and replies <= 0.05 * sent
             ranks.call("fail")
-    assert namespaces() == before
+    assert not namespaces(os.getpid())
     assert network.CONGESTION_CONTROLS.read_text() == allowed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_after_a_signal(number):
+    """Also when it comes twice, as ``timeout`` sends it; where no network can be built there is none to leave."""
+    if network.obstacle():
+        return
+    code = (
+        "import network, time\nwith network.ended_by_signals(), network.Network(1): print(flush=True), time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=BENCHMARKS, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert namespaces(process.pid)
+        process.send_signal(number)
+        process.send_signal(number)
+    assert process.returncode != 0
+    assert not namespaces(process.pid)
 
 
 @pytest.mark.parametrize(
