@@ -184,14 +184,16 @@ def a_narrow_wire_is_narrower(config: RunConfig) -> Iterator[Problem]:
         yield problem(config, "moe.wire_dtype", rule, 'set it to "same"', "fp16.enabled")
 
 
-def experts_elsewhere_keep_their_parameters(config: RunConfig) -> Iterator[Problem]:
+def experts_keep_whole_parameters(config: RunConfig) -> Iterator[Problem]:
+    if config.megatron_ds.moe is not None and config.zero_optimization.stage == 3:
+        rule = "stage 3 cuts parameters up between uses, and the passes of experts need them whole"
+        yield problem(config, "zero_optimization.stage", rule, "set it to 1 or 2", "moe", "generation")
+
+
+def experts_elsewhere_are_not_offloaded(config: RunConfig) -> Iterator[Problem]:
     ranks, zero = config.megatron_ds.parallel.expert_model_parallel_size, config.zero_optimization
     if config.megatron_ds.moe is None or ranks == 1:
         return
-    if zero.stage == 3:
-        rule = f"stage 3 would cut over all data ranks what {ranks} expert-parallel ranks hold apart"
-        fix = f"set it to 1 or 2, or {_EXPERT_RANKS} to 1"
-        yield problem(config, "zero_optimization.stage", rule, fix, _EXPERT_RANKS)
     for name in zero.offloaded:
         rule = f"offloading is not tested with expert parallelism ({ranks} ranks)"
         fix = f'set it to "none", or {_EXPERT_RANKS} to 1'
@@ -227,6 +229,7 @@ MOE_RULES = (
     experts_elsewhere_need_an_exchange,
     nodes_divide_the_expert_ranks,
     a_narrow_wire_is_narrower,
-    experts_elsewhere_keep_their_parameters,
+    experts_keep_whole_parameters,
+    experts_elsewhere_are_not_offloaded,
 )
 MOE_WORLD_RULES = (expert_ranks_divide_the_data_axis,)

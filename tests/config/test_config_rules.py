@@ -540,14 +540,17 @@ MOE_CASES = {
     "a_narrow_wire_is_narrower": [
         ({**moe(wire_dtype="bf16"), "fp16.enabled": True}, "moe.wire_dtype", '"same"', moe(wire_dtype="bf16"), 1),
     ],
-    "experts_elsewhere_keep_their_parameters": [
+    "experts_keep_whole_parameters": [
         (
-            {**V2, EP: 2, "zero_optimization.stage": 3},
+            {**V2, EP: ranks, "zero_optimization.stage": 3},
             "zero_optimization.stage",
             "1 or 2",
-            {**V2, "zero_optimization.stage": 3},
+            {**V2, EP: ranks, "zero_optimization.stage": 2},
             2,
-        ),
+        )
+        for ranks in (1, 2)
+    ],
+    "experts_elsewhere_are_not_offloaded": [
         (
             {**V2, EP: 2, **OFFLOAD},
             "zero_optimization.offload_optimizer.device",
