@@ -81,6 +81,7 @@ def record(run: Run, result: StepResult) -> None:
             flops_per_token=run.flops_per_token,
             host_rss_bytes=psutil.Process().memory_info().rss,
             device_peak_bytes=engine.device_peak_bytes,
+            expert_load=engine.expert_load,
         )
     )
 

@@ -86,14 +86,24 @@ def test_a_stage_without_experts_trains():
         {"router": {"kind": "sigmoid", "num_groups": 4, "group_topk": 2, "scaling_factor": 2.5}},
         {"router": {"kind": "softmax", "fine": "refine"}},
         {"moe_seq_aux_loss_coeff": 1e-2, "moe_global_aux_loss_coeff": 1e-2, "moe_input_jitter_eps": 0.1},
-        {"capacity": {"kind": "fixed", "factor": 1.0}},
-        {"capacity": {"kind": "dynamic", "factor": 1.0, "drop_policy": "position"}},
         {"experts": "loop", "moe_shared_expert_intermediate_size": None},
     ],
     ids=str,
 )
-def test_routers_losses_and_capacities(moe):
+def test_routers_and_losses(moe):
     assert_close(run(4, ep=4, stage=1, moe=moe), run(1, moe=moe), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "capacity",
+    [{"kind": "fixed", "factor": 1.0}, {"kind": "dynamic", "factor": 1.0, "drop_policy": "position"}],
+    ids=str,
+)
+def test_capacities(capacity):
+    """Few steps: who gets a full expert's last slot is decided by the last bits of two weights, and then another token
+    is dropped."""
+    moe = {"capacity": capacity}
+    assert_close(run(4, steps=4, ep=4, stage=1, moe=moe), run(1, steps=4, moe=moe), 1e-5)
 
 
 def test_recompute_changes_nothing():
@@ -284,7 +294,7 @@ def skewed(groups, layout, directory, bias):
 def test_empty_experts_and_empty_ranks(tmp_path, skew, dispatcher):
     arguments = [float(value) for value in SKEWS[skew]]
     moe = {"moe_router_bias_update_rate": 0.0, "dispatcher": dispatcher}
-    one = run_ranks(skewed, 1, options(clipping=0.0), str(tmp_path / "one"), arguments)
+    one = run_ranks(skewed, 1, options(clipping=0.0, moe=moe), str(tmp_path / "one"), arguments)
     four = run_ranks(
         skewed, 4, options(ep=4, stage=1, clipping=0.0, moe=moe), str(tmp_path / "four"), arguments,
         parallel=parallel(ep=4),
