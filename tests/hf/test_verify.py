@@ -9,6 +9,7 @@ from tiny_checkpoint import MODELS, export_tiny, save_tiny
 
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf import export as export_module
+from megatron_ds.hf import verify as verify_module
 from megatron_ds.hf.verify import verify
 
 
@@ -39,6 +40,23 @@ def test_experts_are_verified_by_a_loop_and_by_grouped_products(tmp_path, capsys
     out = capsys.readouterr().out
     assert "ok     logits, eager" in out and "ok     logits, sdpa and grouped_mm" in out
     assert ("carries the mds_moe code" in out) is (target == "mds_moe")
+
+
+def test_a_tie_between_experts_leaves_out_what_follows_it(tmp_path):
+    """With the bias that makes two experts equal at one position, either may be chosen there; before it, none may."""
+    tiny = save_tiny(tmp_path / "checkpoints", **MODELS["ernie4_5_moe"])
+    token_1S, position = torch.randint(301, (1, 40), generator=torch.Generator().manual_seed(5)), 25
+    router, seen = tiny.decoder.layers[-1].mlp.router, []
+    handle = router.register_forward_hook(lambda module, inputs, routing: seen.append(routing.probability_TE))
+    tiny.logits(token_1S)
+    handle.remove()
+    choice_E = seen[0][position] + router.bias
+    second, third = choice_E.argsort(descending=True)[1:3].tolist()
+    _, decided_1P = verify_module._reference_logits(tiny.decoder, token_1S, torch.arange(40))
+    assert decided_1P.all()
+    router.bias[third] += (choice_E[second] - choice_E[third]) * (1 - 1e-6)
+    _, decided_1P = verify_module._reference_logits(tiny.decoder, token_1S, torch.arange(40))
+    assert decided_1P[0].tolist() == [True] * position + [False] * (40 - position)
 
 
 def test_a_false_export_is_named_and_not_left_behind(tmp_path, capsys, monkeypatch):
