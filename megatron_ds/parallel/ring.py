@@ -24,7 +24,8 @@ SMALL_MESSAGE = 64 * 1024
 """Bytes up to which latency counts more than order on the wire: such messages are posted all at once."""
 
 STEPS_IN_FLIGHT = 2
-"""Requests on the wire while another is served; measured in benchmarks/README.md."""
+"""Requests on the wire at a time. With one, the link rests whenever serving takes longer than sending, and the next
+request shares it with the replies; with all, they share it among themselves and none is there early."""
 
 
 @dataclass

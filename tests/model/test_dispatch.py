@@ -123,54 +123,44 @@ def apply(case, rank, size, dispatcher, experts, recompute=False, dtype=torch.fl
     return [y_TD.detach(), x_TD.grad, weight_TK.grad, *(parameter.grad for parameter in experts.parameters())]
 
 
-def payload(case, rank, size, name, per_node, element):
-    """Bytes that a rank sends in a forward and backward pass, and those that leave its node, from the routing alone.
+def bytes_to_peers(case, size, element, rank, ring, sources, experts, rounds=1, once=True):
+    """Bytes that ``rank`` sends to each peer of ``ring`` in a forward and a backward pass, from the routing alone.
 
-    A row crosses once for each peer that it needs, four times in all: there and back in both passes. Behind the row
-    travel a weight and an index for each assignment, and on the last way back the gradient of the weight.
+    ``sources[r]`` are the ranks whose tokens r passes on, ``experts[r]`` the experts that r is the way to. A row goes
+    there and back in both passes; behind it travel a weight and a number for each assignment, and on the last way back
+    the gradient of the weight. ``once``: a row that several experts of a peer want crosses once, not once for each.
     """
-    row_bytes, extra = case.hidden * element, {"all_to_all": 0}.get(name, 1)
-    total = far = 0
 
-    def one_way(rows, to_other_node):
-        nonlocal total, far
-        total += rows
-        far += rows * to_other_node
+    def wanted(sender, receiver):
+        choices = [case.inputs(source, size)[2] for source in sources[sender]]
+        masks = [(expert_TK >= experts[receiver].start) & (expert_TK < experts[receiver].stop) for expert_TK in choices]
+        assignments = sum(int(mask_TK.sum()) for mask_TK in masks)
+        return sum(int(mask_TK.any(1).sum()) for mask_TK in masks) if once else assignments, assignments
 
-    def between(sender, receiver, ranks_of_sender, experts):
-        """(rows, assignments) that ``sender``'s tokens have for ``experts``; several ranks' when a node gathers."""
-        rows = assignments = 0
-        for source in ranks_of_sender:
-            expert_TK = case.inputs(source, size)[2]
-            wanted_TK = (expert_TK >= experts.start) & (expert_TK < experts.stop)
-            assignments += int(wanted_TK.sum())
-            rows += int(wanted_TK.sum() if name == "all_to_all" else wanted_TK.any(1).sum())
-        return rows, assignments
+    sent = {}
+    for peer in set(ring) - {rank}:
+        (rows, assignments), (guests, their_assignments) = wanted(rank, peer), wanted(peer, rank)
+        beside_rows = 8 * assignments + 4 * their_assignments if once else 0
+        counts = 8 * rounds * (len(experts[peer]) + once)
+        sent[peer] = 2 * (rows + guests) * case.hidden * element + beside_rows + counts
+    return sent
 
-    def exchange(peers, experts_of, sources_of, counts, is_far):
-        for peer in peers:
-            if peer == rank:
-                continue
-            there = between(rank, peer, sources_of(rank), experts_of(peer))
-            back = between(peer, rank, sources_of(peer), experts_of(rank))
-            one_way(counts * 8, is_far(peer))
-            one_way(2 * there[0] * row_bytes + extra * there[1] * 8, is_far(peer))
-            one_way(2 * back[0] * row_bytes + extra * back[1] * 4, is_far(peer))
 
-    each = case.per_rank
-    node = rank // per_node
-    own = lambda peer: range(peer * each, (peer + 1) * each)  # noqa: E731
+def payload(case, rank, size, name, element):
+    """Bytes that a rank sends in all, and those that leave its node."""
+    each, per_node = case.per_rank, RANKS_PER_NODE[size]
+    held = {r: range(r * each, (r + 1) * each) for r in range(size)}
+    itself = {r: [r] for r in range(size)}
+    layer = functools.partial(bytes_to_peers, case, size, element, rank)
     if name != "hierarchical" or per_node == size:
-        counts = each + extra
-        exchange(range(size), own, lambda peer: [peer], counts, lambda peer: peer // per_node != node)
-        return total, far
-    rail = range(rank % per_node, size, per_node)
-    on_node = lambda peer: range(peer // per_node * per_node * each, (peer // per_node + 1) * per_node * each)  # noqa: E731
-    exchange(rail, on_node, lambda peer: [peer], per_node * each + 1, lambda peer: True)
-    node_ranks = range(node * per_node, (node + 1) * per_node)
-    gathered = lambda peer: range(peer % per_node, size, per_node)  # noqa: E731
-    exchange(node_ranks, own, gathered, len(rail) * (each + 1), lambda peer: False)
-    return total, far
+        sent = layer(range(size), itself, held, once=name != "all_to_all")
+    else:
+        nodes = {r: range(r // per_node * per_node, (r // per_node + 1) * per_node) for r in range(size)}
+        rails = {r: range(r % per_node, size, per_node) for r in range(size)}
+        on_node = {r: range(node.start * each, node.stop * each) for r, node in nodes.items()}
+        sent = layer(rails[rank], itself, on_node) | layer(nodes[rank], rails, held, rounds=size // per_node)
+    far = sum(count for peer, count in sent.items() if peer // per_node != rank // per_node)
+    return sum(sent.values()), far
 
 
 def every_case(groups):
@@ -226,7 +216,7 @@ def test_dispatchers_equal_the_oracle(size, name, key):
 @pytest.mark.parametrize("size", RANKS_PER_NODE)
 def test_bytes_sent_follow_from_the_routing(size, name, key):
     for rank, results in enumerate(results_of(size)):
-        assert results[name, key][1] == payload(CASES[key], rank, size, name, RANKS_PER_NODE[size], 4)
+        assert results[name, key][1] == payload(CASES[key], rank, size, name, 4)
 
 
 @pytest.mark.parametrize("key", CASES)
@@ -334,4 +324,4 @@ def test_bf16_is_near_and_half_as_long(half, name):
     assert all([tensor.dtype for tensor in result] == HALVES[half] for result, _ in results)
     compare(case, 4, [result for result, _ in results], oracle(case, 4), 3e-2)
     for rank, (_, sent) in enumerate(results):
-        assert sent == payload(case, rank, 4, name, RANKS_PER_NODE[4], 2)[0]
+        assert sent == payload(case, rank, 4, name, 2)[0]

@@ -2,7 +2,9 @@
 
 ``local`` has all experts here. ``ring`` and ``hierarchical`` take tokens to other ranks while experts work
 (``exchange.py``). ``all_to_all`` is the slow, plain reference: one blocking collective each way that carries a row for
-every assignment, and autograd does the rest. All give the same results up to the order of summation.
+every assignment, and autograd does the rest. All give the same results up to the order of summation, and each has a
+fixed order, whatever arrives first (on CUDA under ``torch.use_deterministic_algorithms``: rows are summed by
+``index_add_``).
 
 A dispatcher is called with the router's choice and the rank's experts. An assignment to expert -1 is one that was
 dropped: it goes nowhere and adds nothing.

@@ -67,8 +67,8 @@ class Level:
 
     def forward(self, x_ND: Tensor, assignment: Assignment) -> tuple[Tensor, Saved]:
         """See ``Stage``; collective over the ring, whose ranks may have any number of rows, also none."""
-        plan, index_A = self._plan(len(x_ND), assignment)
-        trip = _ForwardTrip(self, plan, x_ND, assignment, index_A)
+        plan, place_A = self._plan(len(x_ND), assignment)
+        trip = _ForwardTrip(self, plan, x_ND, assignment, place_A)
         self.ring.round_trip(trip)
         return trip.y_ND, Saved(plan, trip.saved)
 
@@ -93,37 +93,57 @@ class Level:
         cell_A = peer_A.mul_(num_rows).add_(assignment.row_A)
         sent_PN = torch.zeros(size, num_rows, dtype=torch.bool, device=device)
         sent_PN.view(-1).index_fill_(0, cell_A, True)
-        index_A = sent_PN.cumsum(1, dtype=torch.int32).sub_(1).view(-1).index_select(0, cell_A)
+        place_A = sent_PN.cumsum(1, dtype=torch.int32).sub_(1).view(-1).index_select(0, cell_A)
         count_PC = torch.cat((sent_PN.sum(1, keepdim=True), count_PE), dim=1)
         sent, received = torch.stack((count_PC, self.ring.exchange_counts(count_PC))).tolist()
         rows = list(sent_PN.nonzero()[:, 1].split([row[0] for row in sent]))
-        return Plan(rows, sent_counts, [row[0] for row in received], [row[1:] for row in received]), index_A
+        return Plan(rows, sent_counts, [row[0] for row in received], [row[1:] for row in received]), place_A
+
+
+class _Messages:
+    """Layout of messages: weights (fp32), places of their rows (int32), rows (of 4-byte types or smaller)."""
+
+    def __init__(self, like_ND: Tensor):
+        self._like_ND = like_ND
+        self._row_bytes = like_ND.shape[1] * like_ND.element_size()
+
+    def empty(self, rows: int, weights: int = 0, places: int = 0) -> Tensor:
+        """Room for a message with so many of each."""
+        size = 4 * (weights + places) + rows * self._row_bytes
+        return self._like_ND.new_empty(size, dtype=torch.uint8)
+
+    def parts(self, message: Tensor, weights: int = 0, places: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of its parts: weight_A, place_A, rows_ND."""
+        weight_A, place_A, rows = message.tensor_split((4 * weights, 4 * (weights + places)))
+        rows_ND = rows.view(self._like_ND.dtype).view(-1, self._like_ND.shape[1])
+        return weight_A.view(torch.float32), place_A.view(torch.int32), rows_ND
 
 
 class _ForwardTrip:
     """Rows with their weights and experts go out, weighted sums come back."""
 
-    def __init__(self, level: Level, plan: Plan, x_ND: Tensor, assignment: Assignment, index_A: Tensor):
+    def __init__(self, level: Level, plan: Plan, x_ND: Tensor, assignment: Assignment, place_A: Tensor):
         self._plan, self._ring, self._inner, self._x_ND = plan, level.ring, level.inner, x_ND
         self._wire_ND = x_ND.to(level.wire_dtype or x_ND.dtype)
+        self._messages = _Messages(self._wire_ND)
         sizes = [sum(counts) for counts in plan.sent_counts]
-        self._row, self._weight, self._index = (
-            t.split(sizes) for t in (assignment.row_A, assignment.weight_A, index_A)
-        )
+        self._row, self._weight = assignment.row_A.split(sizes), assignment.weight_A.split(sizes)
+        self._place = place_A.split(sizes)
         self.y_ND = x_ND
         self.saved: dict[int, Any] = {}
 
     def request(self, peer: int) -> Tensor:
         rows, weight_A = self._plan.sent_rows[peer], self._weight[peer]
-        message = self._message(len(rows), len(weight_A))
-        message_weight_A, index_A, wire_ND = self._fields(message, len(weight_A))
+        message = self._messages.empty(len(rows), len(weight_A), len(weight_A))
+        message_weight_A, message_place_A, message_ND = self._messages.parts(message, len(weight_A), len(weight_A))
         message_weight_A.copy_(weight_A)
-        index_A.copy_(self._index[peer])
-        torch.index_select(self._wire_ND, 0, rows, out=wire_ND)
+        message_place_A.copy_(self._place[peer])
+        torch.index_select(self._wire_ND, 0, rows, out=message_ND)
         return message
 
     def request_buffer(self, peer: int) -> Tensor:
-        return self._message(self._plan.received_rows[peer], sum(self._plan.received_counts[peer]))
+        assignments = sum(self._plan.received_counts[peer])
+        return self._messages.empty(self._plan.received_rows[peer], assignments, assignments)
 
     def serve_own(self) -> None:
         own = self._ring.index
@@ -132,30 +152,20 @@ class _ForwardTrip:
 
     def serve(self, peer: int, request: Tensor) -> Tensor:
         counts = self._plan.received_counts[peer]
-        weight_A, index_A, wire_ND = self._fields(request, sum(counts))
+        weight_A, place_A, wire_ND = self._messages.parts(request, sum(counts), sum(counts))
         x_ND = wire_ND.to(self._x_ND.dtype)
-        y_ND, self.saved[peer] = self._inner.forward(x_ND, Assignment(index_A, weight_A, counts))
+        y_ND, self.saved[peer] = self._inner.forward(x_ND, Assignment(place_A, weight_A, counts))
         return y_ND.to(wire_ND.dtype).view(torch.uint8).flatten()
 
     def reply_buffer(self, peer: int) -> Tensor:
-        return self._message(len(self._plan.sent_rows[peer]), 0)
+        return self._messages.empty(len(self._plan.sent_rows[peer]))
 
     def meanwhile(self) -> None:
         pass
 
     def collect(self, peer: int, reply: Tensor) -> None:
-        _, _, y_ND = self._fields(reply, 0)
+        _, _, y_ND = self._messages.parts(reply)
         self.y_ND.index_add_(0, self._plan.sent_rows[peer], y_ND.to(self.y_ND.dtype))
-
-    def _message(self, rows: int, assignments: int) -> Tensor:
-        row_bytes = self._wire_ND.shape[1] * self._wire_ND.element_size()
-        return self._wire_ND.new_empty(assignments * 8 + rows * row_bytes, dtype=torch.uint8)
-
-    def _fields(self, message: Tensor, assignments: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The parts of a message: weights, numbers of rows, rows (last, so that every part is aligned)."""
-        weight, index, rows = message.tensor_split((assignments * 4, assignments * 8))
-        wire_ND = rows.view(self._wire_ND.dtype).view(-1, self._wire_ND.shape[1])
-        return weight.view(torch.float32), index.view(torch.int32), wire_ND
 
 
 class _BackwardTrip:
@@ -165,6 +175,7 @@ class _BackwardTrip:
         (self._plan, self._saved), self._ring, self._inner = saved, level.ring, level.inner
         self._grad_y_ND, self._pending, self.meanwhile = grad_y_ND, pending, meanwhile
         self._wire_ND = grad_y_ND.to(level.wire_dtype or grad_y_ND.dtype)
+        self._messages = _Messages(self._wire_ND)
         self.grad_x_ND = grad_y_ND
         self.grad_weights: list[Tensor] = [grad_y_ND] * level.ring.size
 
@@ -172,34 +183,25 @@ class _BackwardTrip:
         return self._wire_ND.index_select(0, self._plan.sent_rows[peer]).view(torch.uint8).flatten()
 
     def request_buffer(self, peer: int) -> Tensor:
-        return self._message(self._plan.received_rows[peer], 0)
+        return self._messages.empty(self._plan.received_rows[peer])
 
     def serve_own(self) -> None:
         own = self._ring.index
         self.grad_x_ND, self.grad_weights[own] = self._inner.backward(self._saved[own], self._grad_y_ND, self._pending)
 
     def serve(self, peer: int, request: Tensor) -> Tensor:
-        _, wire_ND = self._fields(request, 0)
+        _, _, wire_ND = self._messages.parts(request)
         grad_y_ND = wire_ND.to(self._grad_y_ND.dtype)
         grad_x_ND, grad_weight_A = self._inner.backward(self._saved[peer], grad_y_ND, self._pending)
-        reply = self._message(*map(len, (grad_x_ND, grad_weight_A)))
-        reply_weight_A, reply_ND = self._fields(reply, len(grad_weight_A))
+        reply = self._messages.empty(len(grad_x_ND), len(grad_weight_A))
+        reply_weight_A, _, reply_ND = self._messages.parts(reply, len(grad_weight_A))
         reply_weight_A.copy_(grad_weight_A)
         reply_ND.copy_(grad_x_ND)
         return reply
 
     def reply_buffer(self, peer: int) -> Tensor:
-        return self._message(len(self._plan.sent_rows[peer]), sum(self._plan.sent_counts[peer]))
+        return self._messages.empty(len(self._plan.sent_rows[peer]), sum(self._plan.sent_counts[peer]))
 
     def collect(self, peer: int, reply: Tensor) -> None:
-        self.grad_weights[peer], grad_x_ND = self._fields(reply, sum(self._plan.sent_counts[peer]))
+        self.grad_weights[peer], _, grad_x_ND = self._messages.parts(reply, sum(self._plan.sent_counts[peer]))
         self.grad_x_ND.index_add_(0, self._plan.sent_rows[peer], grad_x_ND.to(self.grad_x_ND.dtype))
-
-    def _message(self, rows: int, assignments: int) -> Tensor:
-        row_bytes = self._wire_ND.shape[1] * self._wire_ND.element_size()
-        return self._wire_ND.new_empty(assignments * 4 + rows * row_bytes, dtype=torch.uint8)
-
-    def _fields(self, message: Tensor, assignments: int) -> tuple[Tensor, Tensor]:
-        """The parts of a message: gradients of gate weights, gradients of rows."""
-        weight, rows = message.tensor_split((assignments * 4,))
-        return weight.view(torch.float32), rows.view(self._wire_ND.dtype).view(-1, self._wire_ND.shape[1])
