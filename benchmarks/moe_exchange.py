@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import math
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -104,8 +105,9 @@ def compare_layers(report: harness.Report, ranks: Ranks, options: argparse.Names
         for name, samples in exposed.items():
             report.add(f"A {mbit} Mbit/s, {name}: exposed", "ms", [1e3 * s for s in samples])
         for peer, goals in LESS_EXPOSED.items():
-            less = [100 * (1 - ours / theirs) for ours, theirs in zip(exposed["ring"], exposed[peer], strict=True)]
-            report.add(f"A {mbit} Mbit/s, ring: less than {peer}", "%", less, at_least=goals[mbit])
+            # Of the medians: a difference of two times can come out near zero in one round.
+            less = 1 - statistics.median(exposed["ring"]) / statistics.median(exposed[peer])
+            report.add(f"A {mbit} Mbit/s, ring: less than {peer}", "%", 100 * less, at_least=goals[mbit])
 
 
 def describe_padding(report: harness.Report, load_PE: Tensor) -> None:

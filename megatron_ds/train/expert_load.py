@@ -81,6 +81,7 @@ def expert_metrics(load: "ExpertLoad") -> dict[str, Value]:
         "moe/bytes_sent": int(load.bytes_sent_L.sum()),
         "moe/exchange_s": float(load.seconds_L.sum()),
         "moe/exposed_s": float(load.exposed_seconds_L.sum()),
+        "moe/aux_loss": float(load.auxiliary_loss_L.sum()),
     }
     if load.bias_LE is not None:
         metrics |= {"moe/bias_min": float(load.bias_LE.min()), "moe/bias_max": float(load.bias_LE.max())}
@@ -98,6 +99,7 @@ def to_record(load: "ExpertLoad") -> dict[str, Any]:
         "bytes_sent": load.bytes_sent_L.tolist(),
         "exchange_s": load.seconds_L.tolist(),
         "exposed_s": load.exposed_seconds_L.tolist(),
+        "aux_loss": load.auxiliary_loss_L.tolist(),
     }
 
 
@@ -114,4 +116,5 @@ def from_record(record: dict[str, Any]) -> "ExpertLoad":
         bytes_sent_L=torch.tensor(record["bytes_sent"], dtype=torch.float64),
         seconds_L=torch.tensor(record["exchange_s"], dtype=torch.float64),
         exposed_seconds_L=torch.tensor(record["exposed_s"], dtype=torch.float64),
+        auxiliary_loss_L=torch.tensor(record["aux_loss"], dtype=torch.float64),
     )

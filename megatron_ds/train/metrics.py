@@ -155,6 +155,7 @@ METRICS: dict[str, Metric] = {
     "moe/bytes_sent": Metric("bytes/step", mean_of_finite, "mean"),
     "moe/exchange_s": Metric("s/step", mean_of_finite, "mean"),
     "moe/exposed_s": Metric("s/step", mean_of_finite, "mean"),
+    "moe/aux_loss": Metric("1", mean_of_finite, "mean"),
     "health/nan_steps": Metric("steps"),
     "health/restarts": Metric("starts"),
     "health/lost_steps": Metric("steps"),

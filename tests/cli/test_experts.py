@@ -19,6 +19,7 @@ SMALL = {
     "bytes_sent": [1500000.0, 2000000.0],
     "exchange_s": [0.0101, 0.02],
     "exposed_s": [0.001, 0.002],
+    "aux_loss": [0.01, 0.02],
 }
 LARGE = {
     "layers": [0],
@@ -29,6 +30,7 @@ LARGE = {
     "bytes_sent": [0.0],
     "exchange_s": [0.0],
     "exposed_s": [0.0],
+    "aux_loss": [0.0],
 }
 
 

@@ -154,7 +154,9 @@ def contents(directory):
     from megatron_ds.checkpoint.store import open_checkpoint
 
     checkpoint = open_checkpoint(directory)
-    return {(name, kind): checkpoint.read(name, kind) for name in checkpoint.shapes() for kind in checkpoint.kinds(name)}
+    return {
+        (name, kind): checkpoint.read(name, kind) for name in checkpoint.shapes() for kind in checkpoint.kinds(name)
+    }
 
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)

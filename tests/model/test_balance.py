@@ -283,3 +283,11 @@ def test_a_cast_leaves_the_buffers_alone(cast):
     after = dict(cast(torch.nn.Sequential(balance))[0].named_buffers())
     assert after.keys() == {"load_factor", "share"}
     assert all(after[name].dtype == torch.float32 and torch.equal(after[name], before[name]) for name in before)
+
+
+def test_losses_for_the_log_are_the_mean_over_micro_batches_and_taken_once():
+    balance = Balance(MoEConfig())
+    for micro_batch, value in ((0, 1.0), (1, 4.0), (0, 2.0)):  # micro-batch 0 ran again
+        balance.record_loss(micro_batch, torch.tensor(value))
+    assert balance.take_loss() == 3.0
+    assert balance.take_loss() == 0.0

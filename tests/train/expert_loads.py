@@ -18,4 +18,5 @@ def expert_load(chosen, dropped=None, bias=None, *, ranks=1, layers=None):
         bytes_sent_L=1e6 * count_L,
         seconds_L=0.1 * count_L,
         exposed_seconds_L=0.01 * count_L,
+        auxiliary_loss_L=0.5 * count_L,
     )

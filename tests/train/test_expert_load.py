@@ -89,6 +89,7 @@ def test_metrics_take_the_worst_layer_the_mean_or_the_sum():
             "moe/bytes_sent": 3_000_000,
             "moe/exchange_s": 0.3,
             "moe/exposed_s": 0.03,
+            "moe/aux_loss": 1.5,
             "moe/bias_min": -0.5,
             "moe/bias_max": 0.75,
         }
@@ -120,6 +121,14 @@ def test_a_record_comes_back_from_the_ledger_exactly(tmp_path):
     json.loads((tmp_path / "l").read_text(), **refuse)
     again = from_record(read(tmp_path / "l")[0]["experts"])
     assert (again.layers, again.ranks) == (load.layers, load.ranks)
-    for name in ("chosen_LE", "dropped_LE", "bias_LE", "bytes_sent_L", "seconds_L", "exposed_seconds_L"):
+    for name in (
+        "chosen_LE",
+        "dropped_LE",
+        "bias_LE",
+        "bytes_sent_L",
+        "seconds_L",
+        "exposed_seconds_L",
+        "auxiliary_loss_L",
+    ):
         torch.testing.assert_close(getattr(again, name), getattr(load, name), rtol=0, atol=0, equal_nan=True)
     assert from_record(to_record(expert_load([[1, 2]]))).bias_LE is None

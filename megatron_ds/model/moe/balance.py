@@ -36,6 +36,7 @@ class Balance(Fp32Buffers):
         if isinstance(moe.capacity, DynamicCapacity):
             self.register_buffer("share", torch.ones(moe.num_experts, dtype=torch.float32))
         self._counts: dict[int, Tensor] = {}
+        self._losses: dict[int, Tensor] = {}
 
     def auxiliary_loss(self, routing: Routing, batch_size: int) -> Tensor | None:
         """Sum of the configured losses of one micro-batch: an fp32 scalar, or None without any.
@@ -120,6 +121,16 @@ class Balance(Fp32Buffers):
             total_2E += count_2E
         self._counts.clear()
         return total_2E
+
+    def record_loss(self, micro_batch: int, loss: Tensor) -> None:
+        """Keep the auxiliary loss of one micro-batch for the log; running again replaces it."""
+        self._losses[micro_batch] = loss.detach()
+
+    def take_loss(self) -> float:
+        """Mean auxiliary loss of this rank's micro-batches since the last call, 0 without any; they are forgotten."""
+        losses = [float(loss) for loss in self._losses.values()]
+        self._losses.clear()
+        return math.fsum(losses) / max(len(losses), 1)
 
     @torch.no_grad()
     def update(self, load_E: Tensor) -> None:

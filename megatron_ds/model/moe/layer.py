@@ -1,9 +1,9 @@
 """The feed-forward block with distributed experts, in the form that DeepSpeed's MoE engine looks for.
 
 DeepSpeed finds expert layers by class and expert parameters by two attributes; from these it builds optimizer groups,
-reduces expert gradients over the ranks that hold the same experts only, and divides them by the whole data axis. Router,
-exchange and experts are ours. A pipeline stage without experts carries an ``Anchor``, since the optimizer of every
-stage must have the same groups.
+reduces expert gradients over the ranks that hold the same experts only, and divides them by the whole data axis.
+Router, exchange and experts are ours. A pipeline stage without experts carries an ``Anchor``, since the optimizer of
+every stage must have the same groups.
 """
 
 import torch
@@ -23,7 +23,7 @@ class ExpertParallelMLP(SparseMLP, MoE):
         _fulfil_contract(self, self.experts.parameters(), moe.num_experts, groups)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Nothing to set: our groups are in place before the engine starts (``Groups.tell_deepspeed_about_experts``)."""
+        """Nothing to set: ``Groups.tell_deepspeed_about_experts`` runs before the engine starts."""
 
 
 class Anchor(MoE):

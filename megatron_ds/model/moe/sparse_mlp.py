@@ -1,8 +1,8 @@
 """The feed-forward block with experts: route, limit, exchange, combine; and what a step leaves behind for balancing.
 
-Every part is its own file: ``router.py`` chooses, ``balance.py`` measures the load and acts on it, ``dispatch.py`` takes
-tokens to their experts and back, ``experts.py`` computes. After the optimizer step ``finish_step`` adds up what all
-layers and ranks counted, in one collective, and updates the balance of every layer by the same numbers everywhere.
+Every part is its own file: ``router.py`` chooses, ``balance.py`` measures the load and acts on it, ``dispatch.py``
+takes tokens to their experts and back, ``experts.py`` computes. After the optimizer step ``finish_step`` adds up what
+all layers and ranks counted, in one collective, and updates the balance of every layer by the same numbers everywhere.
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,10 @@ class SparseMLP(nn.Module):
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD)
         loss = self.balance.auxiliary_loss(routing, len(x_BSD)) if self.training else None
-        return y_BSD if loss is None else attach_loss(y_BSD, loss, context.auxiliary_scale)
+        if loss is None:
+            return y_BSD
+        self.balance.record_loss(context.micro_batch, loss)
+        return attach_loss(y_BSD, loss, context.auxiliary_scale)
 
     def _jitter_seed(self, context: Context) -> int | None:
         if not self.training or self.moe.moe_input_jitter_eps == 0:
@@ -94,6 +97,8 @@ class ExpertLoad:
     """float64: time from the first message to the last, mean over ranks."""
     exposed_seconds_L: Tensor
     """float64: the part of it that a rank spent waiting, mean over ranks."""
+    auxiliary_loss_L: Tensor
+    """float64: auxiliary losses times their coefficients, mean over micro-batches and ranks; 0 without any."""
 
 
 def finish_step(module: nn.Module, moe: MoEConfig, num_layers: int, groups: "Groups") -> ExpertLoad:
@@ -106,17 +111,18 @@ def finish_step(module: nn.Module, moe: MoEConfig, num_layers: int, groups: "Gro
     sparse = [index for index in range(num_layers) if moe.is_moe_layer(index)]
     experts = moe.num_experts
     # Counts and fp32 biases are exact in float64, so every rank gets the same bits whatever the order of the sum.
-    table_LC = torch.zeros(len(sparse), 3 * experts + 3, dtype=torch.float64, device=groups.device)
+    table_LC = torch.zeros(len(sparse), 3 * experts + 4, dtype=torch.float64, device=groups.device)
     for layer in layers:
         traffic = layer.dispatcher.traffic
         row_C = table_LC[sparse.index(layer.index)]
         row_C[: 2 * experts] = layer.balance.take_counts().flatten()
         if layer.router.bias is not None and groups.index("data") == 0:
             row_C[2 * experts : 3 * experts] = layer.router.bias
-        row_C[3 * experts :] = row_C.new_tensor([traffic.bytes_sent, traffic.seconds, traffic.exposed_seconds])
+        measured = (traffic.bytes_sent, traffic.seconds, traffic.exposed_seconds, layer.balance.take_loss())
+        row_C[3 * experts :] = row_C.new_tensor(measured)
         traffic.reset()
     groups.sum_over_world(table_LC)
-    chosen_LE, dropped_LE, bias_LE, rest_L3 = table_LC.split([experts, experts, experts, 3], dim=1)
+    chosen_LE, dropped_LE, bias_LE, measured_L4 = table_LC.split([experts, experts, experts, 4], dim=1)
     for layer in layers:
         row = sparse.index(layer.index)
         layer.balance.update(chosen_LE[row])
@@ -129,7 +135,8 @@ def finish_step(module: nn.Module, moe: MoEConfig, num_layers: int, groups: "Gro
         dropped_LE=dropped_LE.long().cpu(),
         bias_LE=bias_LE.float().cpu() if moe.router.fine != "none" else None,
         ranks=groups.topology.expert,
-        bytes_sent_L=rest_L3[:, 0].cpu(),
-        seconds_L=rest_L3[:, 1].cpu() / ranks,
-        exposed_seconds_L=rest_L3[:, 2].cpu() / ranks,
+        bytes_sent_L=measured_L4[:, 0].cpu(),
+        seconds_L=measured_L4[:, 1].cpu() / ranks,
+        exposed_seconds_L=measured_L4[:, 2].cpu() / ranks,
+        auxiliary_loss_L=measured_L4[:, 3].cpu() / ranks,
     )
