@@ -1,9 +1,9 @@
 """Run a function on several gloo ranks, in processes that stay warm between tests.
 
 Importing torch and DeepSpeed costs seconds, so each world size keeps its worker processes for the whole test session.
-A call sends a picklable function and its arguments to every worker, which makes the groups of its layout once, runs it and sends back
-what it returned. The first failure is raised with the rank's traceback, a worker that dies
-or hangs fails the test and the pool is started anew.
+A call sends a picklable function and its arguments to every worker, which makes the groups of its layout once, runs
+it and sends back what it returned. The first failure is raised with the rank's traceback, a worker that dies or hangs
+fails the test and the pool is started anew.
 
     def work(groups, x): ...
     results = run_ranks(work, 4, x, parallel={"pipeline_model_parallel_size": 2})
