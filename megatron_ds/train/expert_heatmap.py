@@ -43,7 +43,7 @@ def draw_heatmap(load: "ExpertLoad", title: str, path: Path) -> None:
     bar = figure.colorbar(image, extend="both", aspect=30, pad=0.01, ticks=[1 / 4, 1 / 2, 1, 2, 4])
     bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "4"])
     bar.minorticks_off()
-    bar.set_label("load / mean load of the layer (gold: none)")
+    bar.set_label("load / mean (gold: none)")
     axes.set(title=title, xlabel="expert", ylabel="layer")
     for labels, ticks in ((load.layers, axes.set_yticks), (range(num_experts), axes.set_xticks)):
         every = -(-len(labels) // MOST_TICKS)
