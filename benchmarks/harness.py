@@ -70,7 +70,7 @@ class Report:
     def finish(self, options: argparse.Namespace) -> int:
         """Print the table and the machine, write --json; returns the exit code that --check asks for."""
         facts = machine_facts()
-        console = Console(width=120, highlight=False)
+        console = Console(width=132, highlight=False)
         console.print(self.title, self._table())
         console.print(", ".join(f"{name}: {value}" for name, value in facts.items()), soft_wrap=True)
         if options.json:

@@ -58,7 +58,7 @@ NODES = Shape(tokens=512, hidden=512, ffn=64, experts=64, top_k=8, skew=0.0)
 
 
 def main(argv: list[str]) -> int:
-    made = harness.parser(__doc__, rounds=7)
+    made = harness.parser(__doc__, rounds=5)
     made.add_argument("--quick", action="store_true", help="two rounds and little data: does it run?")
     options = made.parse_args(argv)
     if options.quick:

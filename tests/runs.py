@@ -32,6 +32,24 @@ CONFIG = {
 }  # fmt: skip
 
 
+EXPERTS = CONFIG | {
+    "megatron_ds": CONFIG["megatron_ds"]
+    | {
+        "generation": "v2",
+        "model": {
+            "num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2,
+            "seq_length": 64, "hidden_dropout": 0.1,
+        },
+        "moe": {
+            "num_experts": 4, "moe_ffn_hidden_size": 48, "moe_shared_expert_intermediate_size": 48,
+            "moe_layer_freq": [0, 1, 1], "moe_input_jitter_eps": 0.01, "moe_seq_aux_loss_coeff": 1e-3,
+            "moe_router_bias_update_rate": 1e-2,
+        },
+        "parallel": {"expert_model_parallel_size": 2},
+    },
+}  # fmt: skip
+
+
 def make_corpus(directory: Path) -> Path:
     """raw/, tokenizer/, corpus.bin/.idx and a small few.bin/.idx in ``directory``, by the commands that users type."""
     python(directory, "-m", "megatron_ds.data.corpus", "raw", "--megabytes", "1")
@@ -40,6 +58,7 @@ def make_corpus(directory: Path) -> Path:
     (directory / "few.txt").write_text("".join(f"{n} bottles of beer on the wall\n" for n in range(200)))
     cli(directory, "prepare-data", "--input", "few.txt", "--tokenizer", "tokenizer", "--output-prefix", "few")
     (directory / "tiny.json").write_text(json.dumps(CONFIG))
+    (directory / "experts.json").write_text(json.dumps(EXPERTS))
     return directory
 
 
@@ -61,7 +80,8 @@ def _run(command: list[str], directory: Path, check: bool) -> subprocess.Complet
 
 def launch_command(launcher: str, ranks: int, *arguments: str) -> list[str]:
     """A training command under one of the three launchers."""
-    script = [str(ROOT / "pretrain.py"), "--deepspeed_config", "tiny.json"]
+    script = [str(ROOT / "pretrain.py")]
+    script += [] if "--deepspeed_config" in arguments else ["--deepspeed_config", "tiny.json"]
     script += ["--tokenizer", "tokenizer", *arguments]
     script += [] if "--data-path" in arguments else ["--data-path", "corpus"]
     port = str(free_port())

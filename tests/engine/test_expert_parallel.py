@@ -159,8 +159,15 @@ def contents(directory):
     }
 
 
-@pytest.mark.parametrize("dispatcher", DISPATCHERS)
-@pytest.mark.parametrize(("world_size", "layout"), [(2, {"ep": 2}), (4, {"ep": 4}), (8, {"ep": 4, "pp": 2})], ids=str)
+@pytest.mark.parametrize(
+    ("world_size", "layout", "dispatcher"),
+    [
+        *((4, {"ep": 4}, dispatcher) for dispatcher in DISPATCHERS),
+        (2, {"ep": 2}, "ring"),
+        (8, {"ep": 4, "pp": 2}, "ring"),
+    ],
+    ids=str,
+)
 def test_every_gradient(tmp_path, world_size, layout, dispatcher):
     """After the first step Adam's first moment is a tenth of the gradient, whatever the layout of the optimizer."""
     saved(1, tmp_path / "one", clipping=0.0)
