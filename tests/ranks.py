@@ -1,9 +1,9 @@
 """Run a function on several gloo ranks, in processes that stay warm between tests.
 
 Importing torch and DeepSpeed costs seconds, so each world size keeps its worker processes for the whole test session.
-A call sends a picklable function and its arguments to every worker, which makes the groups of its layout once, runs
-it and sends back what it returned. The first failure is raised with the rank's traceback, a worker that dies or hangs
-fails the test and the pool is started anew.
+A call sends a picklable function and its arguments to every worker, which makes the groups of its layout unless the
+last call had the same, runs it and sends back what it returned. The first failure is raised with the rank's traceback,
+a worker that dies or hangs fails the test and the pool is started anew.
 
     def work(groups, x): ...
     results = run_ranks(work, 4, x, parallel={"pipeline_model_parallel_size": 2})
@@ -109,16 +109,19 @@ def _worker(rank, size, port, pipe):
 
     torch.set_num_threads(1)
     os.environ["MASTER_PORT"] = str(port)
-    cache: dict[ParallelConfig, Groups] = {}
+    held: tuple[ParallelConfig, Groups] | None = None
     with contextlib.suppress(EOFError, KeyboardInterrupt), distributed(ParallelConfig(distributed_timeout_minutes=1.0)):
+        world = set(dist.distributed_c10d._world.pg_map)
         while True:
             function, arguments, options = pipe.recv()
             try:
                 layout = ParallelConfig(**options)
-                if layout not in cache:
-                    cache[layout] = build_groups(layout)
+                if held is None or held[0] != layout:
+                    held = None
+                    _drop_groups(world)
+                    held = (layout, build_groups(layout))
                 before = set(dist.distributed_c10d._world.pg_map)
-                pipe.send((True, function(cache[layout], *arguments)))
+                pipe.send((True, function(held[1], *arguments)))
                 _drop_groups(before)
             except BaseException:
                 pipe.send((False, traceback.format_exc()))
@@ -126,14 +129,28 @@ def _worker(rank, size, port, pipe):
 
 
 def _drop_groups(before):
-    """Destroy the groups of a test's engines: each has a thread that wakes up a hundred times a second."""
+    """Destroy the groups of a test's engines: each has threads that wake up a hundred times a second.
+
+    Engines outlive a test, since their hooks on parameters refer to them from C++ where no collector looks. So what
+    could hold a group is emptied.
+    """
+    import gc
+
     import torch.distributed as dist
+    from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.pipe.topology import PipelineParallelGrid
     from deepspeed.utils import groups as deepspeed_groups
 
+    holders = (DeepSpeedEngine, DeepSpeedOptimizer, PipelineParallelGrid)
+    for thing in gc.get_objects():
+        if issubclass(type(thing), holders):
+            vars(thing).clear()
     kept = [value for value in vars(deepspeed_groups).values() if isinstance(value, dist.ProcessGroup)]
     for group in set(dist.distributed_c10d._world.pg_map) - before:
         if group not in kept:
             dist.destroy_process_group(group)
+    gc.collect()
 
 
 @atexit.register
