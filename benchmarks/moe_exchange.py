@@ -14,7 +14,8 @@ C. Bytes per token and direction, as rows of D fp32 numbers: counted by the disp
    routing that leave a rank, or a node (lines that say nodes): one for every other that has one of the token's experts.
 D. Two nodes of 4 ranks that share their node's link: exposed time, for information.
 
-Needs root and Linux (network namespaces, tc); without them it says SKIPPED and exits with 0.
+Needs root and Linux (network namespaces, tc); without them it says SKIPPED and exits with 0. Takes about five minutes,
+and means something on a quiet machine only: four ranks on two cores have none to spare.
 
     python benchmarks/moe_exchange.py --check
 """
@@ -64,12 +65,12 @@ def main(argv: list[str]) -> int:
     if options.quick:
         options.rounds = 2
     torch.set_num_threads(1)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("deepspeed", "megatron-core"))
-    report = harness.Report(f"{TITLE}\n{versions}")
     with ended_by_signals():
         if reason := obstacle():
             print(f"SKIPPED: {reason}")
             return 0
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("deepspeed", "megatron-core"))
+        report = harness.Report(f"{TITLE}\n{versions}")
         with cluster(hosts=4) as ranks:
             compare_layers(report, ranks, options)
             compare_raw(report, ranks, 200, options)

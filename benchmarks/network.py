@@ -46,15 +46,12 @@ class Network:
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "Network":
-        with _uninterrupted(), contextlib.ExitStack() as undo:
-            undo.enter_context(_cubic_allowed())
-            self._namespace(undo, self._switch)
-            _run("ip", "-n", self._switch, "link", "add", "bridge", "mtu", str(MTU), "type", "bridge")
-            _run("ip", "-n", self._switch, "link", "set", "bridge", "up")
-            for host, name in enumerate(self.names):
-                self._namespace(undo, name)
-                self._plug_in(host)
-            self._undo = undo.pop_all()
+        try:
+            with _uninterrupted():
+                self._build()
+        except BaseException:  # also a signal that waited
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,9 +68,18 @@ class Network:
             for namespace, interface in ((name, INTERFACE), (self._switch, f"port{host}")):
                 _run("tc", "-n", namespace, "qdisc", "replace", "dev", interface, "root", *_discipline(mbit))
 
-    def _namespace(self, undo: contextlib.ExitStack, name: str) -> None:
+    def _build(self) -> None:
+        self._undo.enter_context(_cubic_allowed())
+        self._namespace(self._switch)
+        _run("ip", "-n", self._switch, "link", "add", "bridge", "mtu", str(MTU), "type", "bridge")
+        _run("ip", "-n", self._switch, "link", "set", "bridge", "up")
+        for host, name in enumerate(self.names):
+            self._namespace(name)
+            self._plug_in(host)
+
+    def _namespace(self, name: str) -> None:
         _run("ip", "netns", "add", name)
-        undo.callback(_run, "ip", "netns", "delete", name)
+        self._undo.callback(_run, "ip", "netns", "delete", name)
 
     def _plug_in(self, host: int) -> None:
         name, port = self.names[host], f"port{host}"
