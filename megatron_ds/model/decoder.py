@@ -21,7 +21,7 @@ from megatron_ds.model.attention import ATTENTION
 from megatron_ds.model.context import Context
 from megatron_ds.model.linear import Linear, linear
 from megatron_ds.model.mlp import MLP
-from megatron_ds.model.moe.sparse_mlp import sparse_mlp
+from megatron_ds.model.moe.sparse_mlp import SparseMLP
 from megatron_ds.model.norm import FinalNorm, RMSNorm
 from megatron_ds.parallel.random import derive_seed, seed_default_generator
 
@@ -60,8 +60,7 @@ class DecoderLayer(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.attention = ATTENTION[type(config.attention)](config, index)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        sparse = moe is not None and moe.is_moe_layer(index)
-        self.mlp = sparse_mlp(config, moe, index, groups) if sparse else MLP(config.hidden_size, config.ffn_size)
+        self.mlp = _feed_forward(config, index, moe, groups)
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         if self.training and self.drops:
@@ -69,6 +68,17 @@ class DecoderLayer(nn.Module):
         attended_BSD = self.attention(self.attention_norm(x_BSD), context)
         x_BSD = F.dropout(attended_BSD, self.dropout, self.training) + x_BSD
         return F.dropout(self.mlp(self.mlp_norm(x_BSD), context), self.dropout, self.training) + x_BSD
+
+
+def _feed_forward(config: ModelConfig, index: int, moe: MoEConfig | None, groups: "Groups | None") -> nn.Module:
+    """The dense block of a layer, or its experts; distributed ones in the form that DeepSpeed recognises."""
+    if moe is None or not moe.is_moe_layer(index):
+        return MLP(config.hidden_size, config.ffn_size)
+    if groups is None or groups.experts is None:
+        return SparseMLP(config, moe, index, groups)
+    from megatron_ds.model.moe.layer import ExpertParallelMLP  # starts DeepSpeed, as Groups do
+
+    return ExpertParallelMLP(config, moe, index, groups)
 
 
 class Output(Linear):

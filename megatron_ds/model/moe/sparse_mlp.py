@@ -68,15 +68,6 @@ class SparseMLP(nn.Module):
         return derive_seed(context.dropout_seed, "router", self.index)
 
 
-def sparse_mlp(model: ModelConfig, moe: MoEConfig, index: int, groups: "Groups | None") -> SparseMLP:
-    """The block of decoder layer ``index``; with distributed experts it is one that DeepSpeed recognises."""
-    if groups is None or groups.experts is None:
-        return SparseMLP(model, moe, index, groups)
-    from megatron_ds.model.moe.layer import ExpertParallelMLP
-
-    return ExpertParallelMLP(model, moe, index, groups)
-
-
 @dataclass(frozen=True)
 class ExpertLoad:
     """What the experts did in one optimizer step, summed over all ranks; the same on every rank, on the CPU."""
