@@ -109,3 +109,26 @@ def train(groups, options, steps=STEPS):
         losses.append(loss.item() / counted)
         norms.append(engine.gradient_norm)
     return losses, norms
+
+
+def train_ranks(world_size, options, steps=STEPS):
+    """``train`` on so many ranks, which must agree; losses and gradient norms."""
+    from ranks import run_ranks
+
+    results = run_ranks(train, world_size, options, steps, parallel=parallel(**options), timeout=240)
+    assert all(result == results[0] for result in results), "the ranks disagree about losses or norms"
+    return results[0]
+
+
+def assert_close(result, reference, relative):
+    """Losses and norms of two runs agree at every step."""
+    import pytest
+
+    for ours, theirs in zip(result, reference, strict=True):
+        assert ours == pytest.approx(theirs, rel=relative, abs=0)
+
+
+def assert_learns(result):
+    """The run is worth comparing with."""
+    losses, norms = result
+    assert losses[-1] < losses[0] and max(norms) > 1.0 > min(norms), "the reference must learn, and clip only at times"

@@ -134,6 +134,16 @@ def llama_config(model: ModelConfig, ids: SpecialIds, dtype: str) -> dict[str, A
     }
 
 
+def stock_config(architecture: str, model_type: str, model: ModelConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
+    """What the config.json of every stock family begins with, in both spellings."""
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        **llama_config(model, ids, dtype),
+        **older_spellings(model, dtype),
+    }
+
+
 def _rope_settings(model: ModelConfig) -> dict[str, Any]:
     """Settings of the context extension; they have Hugging Face's names, and unset ones are the same everywhere."""
     return model.rope_scaling.model_dump(exclude={"kind"}, exclude_none=True)

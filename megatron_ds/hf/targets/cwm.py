@@ -12,10 +12,9 @@ from megatron_ds.hf.targets.common import (
     Target,
     head_width_reasons,
     layer_types,
-    llama_config,
-    older_spellings,
     query_key_norm_reasons,
     sliding_window,
+    stock_config,
     stock_dense_reasons,
 )
 
@@ -29,10 +28,7 @@ def limits(model: ModelConfig, moe: None) -> list[str]:
 def config(model: ModelConfig, moe: None, ids: SpecialIds, dtype: str) -> dict[str, Any]:
     """config.json of CwmForCausalLM. The family wants a window even when no layer slides; then it is never read."""
     return {
-        "architectures": ["CwmForCausalLM"],
-        "model_type": "cwm",
-        **llama_config(model, ids, dtype),
-        **older_spellings(model, dtype),
+        **stock_config("CwmForCausalLM", "cwm", model, ids, dtype),
         "mlp_bias": False,
         "pretraining_tp": 1,
         "layer_types": layer_types(model),

@@ -10,10 +10,9 @@ from megatron_ds.config.schema import ModelConfig, MoEConfig
 from megatron_ds.hf.targets.common import (
     SpecialIds,
     Target,
-    llama_config,
-    older_spellings,
     query_key_norm_reasons,
     rotary_reasons,
+    stock_config,
     window_reasons,
 )
 from megatron_ds.hf.targets.experts import (
@@ -47,10 +46,7 @@ def config(model: ModelConfig, moe: MoEConfig, ids: SpecialIds, dtype: str) -> d
     start, end, interval = sparse_range(model, moe)
     width = expert_width(model, moe)
     return {
-        "architectures": ["Ernie4_5_MoeForCausalLM"],
-        "model_type": "ernie4_5_moe",
-        **llama_config(model, ids, dtype),
-        **older_spellings(model, dtype),
+        **stock_config("Ernie4_5_MoeForCausalLM", "ernie4_5_moe", model, ids, dtype),
         **expert_config(moe),
         "use_bias": False,
         "moe_num_experts": moe.num_experts,

@@ -7,9 +7,8 @@ from megatron_ds.hf.targets.common import (
     SpecialIds,
     Target,
     head_width_reasons,
-    llama_config,
-    older_spellings,
     query_key_norm_reasons,
+    stock_config,
     stock_dense_reasons,
     window_reasons,
 )
@@ -24,10 +23,7 @@ def limits(model: ModelConfig, moe: None) -> list[str]:
 def config(model: ModelConfig, moe: None, ids: SpecialIds, dtype: str) -> dict[str, Any]:
     """config.json of LlamaForCausalLM."""
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **llama_config(model, ids, dtype),
-        **older_spellings(model, dtype),
+        **stock_config("LlamaForCausalLM", "llama", model, ids, dtype),
         "attention_bias": False,
         "mlp_bias": False,
         "pretraining_tp": 1,

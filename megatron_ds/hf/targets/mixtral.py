@@ -11,10 +11,9 @@ from megatron_ds.hf.targets.common import (
     LAYER_NAMES,
     SpecialIds,
     Target,
-    llama_config,
-    older_spellings,
     query_key_norm_reasons,
     rotary_reasons,
+    stock_config,
     window_reasons,
 )
 from megatron_ds.hf.targets.experts import (
@@ -44,10 +43,7 @@ def limits(model: ModelConfig, moe: MoEConfig) -> list[str]:
 def config(model: ModelConfig, moe: MoEConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
     """config.json of MixtralForCausalLM; intermediate_size is the width of an expert."""
     return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        **llama_config(model, ids, dtype),
-        **older_spellings(model, dtype),
+        **stock_config("MixtralForCausalLM", "mixtral", model, ids, dtype),
         **expert_config(moe),
         "intermediate_size": expert_width(model, moe),
         "sliding_window": None,

@@ -11,10 +11,9 @@ from megatron_ds.hf.targets.common import (
     SpecialIds,
     Target,
     layer_types,
-    llama_config,
-    older_spellings,
     query_key_norm_reasons,
     sliding_window,
+    stock_config,
     stock_dense_reasons,
 )
 
@@ -28,10 +27,7 @@ def config(model: ModelConfig, moe: None, ids: SpecialIds, dtype: str) -> dict[s
     """config.json of Qwen3ForCausalLM. vLLM asserts that max_window_layers equals the depth on mixed layers."""
     window = sliding_window(model)
     return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        **llama_config(model, ids, dtype),
-        **older_spellings(model, dtype),
+        **stock_config("Qwen3ForCausalLM", "qwen3", model, ids, dtype),
         "attention_bias": False,
         "layer_types": layer_types(model),
         "use_sliding_window": window is not None,

@@ -10,10 +10,9 @@ from megatron_ds.config.schema import ModelConfig, MoEConfig
 from megatron_ds.hf.targets.common import (
     SpecialIds,
     Target,
-    llama_config,
-    older_spellings,
     query_key_norm_reasons,
     rotary_reasons,
+    stock_config,
     window_reasons,
 )
 from megatron_ds.hf.targets.experts import (
@@ -38,10 +37,7 @@ def limits(model: ModelConfig, moe: MoEConfig) -> list[str]:
 def config(model: ModelConfig, moe: MoEConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
     """config.json of Qwen3MoeForCausalLM."""
     return {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        **llama_config(model, ids, dtype),
-        **older_spellings(model, dtype),
+        **stock_config("Qwen3MoeForCausalLM", "qwen3_moe", model, ids, dtype),
         **expert_config(moe),
         "attention_bias": False,
         "use_sliding_window": False,
