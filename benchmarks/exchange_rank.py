@@ -18,7 +18,8 @@ from moe_peers import Layer, Problem, Shape
 from payload_memory import PayloadMemory
 from torch import Tensor, nn
 
-from megatron_ds.config.schema import MoEConfig, ParallelConfig
+from megatron_ds.config.moe_schema import MoEConfig
+from megatron_ds.config.schema import ParallelConfig
 from megatron_ds.model.moe.dispatch import Traffic, build_dispatcher
 from megatron_ds.model.moe.experts import Experts
 from megatron_ds.parallel.groups import Groups, distributed

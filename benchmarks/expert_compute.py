@@ -33,7 +33,7 @@ from deepspeed.moe.sharded_moe import einsum
 from moe_peers import Shape, SwiGLU
 from torch import Tensor, nn
 
-from megatron_ds.config.schema import MoEConfig
+from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.model.moe.dispatch import build_dispatcher
 from megatron_ds.model.moe.experts import Experts
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from deepspeed.moe.sharded_moe import top2gating, topkgating
 from torch import Tensor
 
-from megatron_ds.config.schema import MoEConfig
+from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.model.moe.balance import Balance, update_bias
 from megatron_ds.model.moe.dispatch import build_dispatcher
 from megatron_ds.model.moe.experts import Experts

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
+from megatron_ds.config.moe_schema import MoEConfig, SigmoidRouter
 from megatron_ds.config.problems import Problem, divisors, either, problem
 from megatron_ds.config.resolve import data_parallel_size, nearest_multiples
-from megatron_ds.config.schema import MoEConfig, RunConfig, SigmoidRouter
+from megatron_ds.config.schema import RunConfig
 
 _EXPERT_RANKS = "parallel.expert_model_parallel_size"
 _GROUPS, _CHOSEN = "moe.router.num_groups", "moe.router.group_topk"

@@ -11,7 +11,8 @@ from typing import Any
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor
 
-from megatron_ds.config.schema import ModelConfig, MoEConfig
+from megatron_ds.config.moe_schema import MoEConfig
+from megatron_ds.config.schema import ModelConfig
 from megatron_ds.model.context import Context
 from megatron_ds.model.cost import layer_costs
 from megatron_ds.model.decoder import LayerEntry, layer_list, run, tied_output

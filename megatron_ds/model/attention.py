@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ds.config.schema import Attention, FullAttention, HybridAttention, ModelConfig, SoftGateAttention
+from megatron_ds.config.schema import (
+    Attention,
+    FullAttention,
+    HybridAttention,
+    ModelConfig,
+    SoftGateAttention,
+)
 from megatron_ds.model.attention_mask import Packing
 from megatron_ds.model.context import Context
 from megatron_ds.model.linear import Linear

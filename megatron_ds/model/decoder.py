@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ds.config.schema import ModelConfig, MoEConfig
+from megatron_ds.config.moe_schema import MoEConfig
+from megatron_ds.config.schema import ModelConfig
 from megatron_ds.model.attention import ATTENTION
 from megatron_ds.model.context import Context
 from megatron_ds.model.linear import Linear, linear

@@ -7,8 +7,9 @@ import pytest
 
 from megatron_ds.config import load
 from megatron_ds.config.load import load_config
+from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.config.resolve import config_difference
-from megatron_ds.config.schema import MoEConfig, ParallelConfig
+from megatron_ds.config.schema import ParallelConfig
 from megatron_ds.config.tree import flatten
 from megatron_ds.errors import ConfigError
 

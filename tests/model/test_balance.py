@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from megatron_ds.config.schema import MoEConfig
+from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.model.moe.balance import Balance, apportion, attach_loss, update_bias
 from megatron_ds.model.moe.router import Router, Routing
 

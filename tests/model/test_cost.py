@@ -7,14 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ds.config.load import load_config
+from megatron_ds.config.moe_schema import MoEConfig, SigmoidRouter, SoftmaxRouter
 from megatron_ds.config.schema import (
     FullAttention,
     HybridAttention,
     ModelConfig,
-    MoEConfig,
-    SigmoidRouter,
     SoftGateAttention,
-    SoftmaxRouter,
 )
 from megatron_ds.model import cost
 from megatron_ds.model.decoder import Decoder, layer_list

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ds.config.schema import MoEConfig
+from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.model.moe.dispatch import build_dispatcher
 from megatron_ds.model.moe.experts import Experts
 

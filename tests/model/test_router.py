@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_ds.config.schema import MoEConfig
+from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.model.moe.router import Router, best
 
 EXPERTS, WIDTH = 12, 10

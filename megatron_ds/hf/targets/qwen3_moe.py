@@ -6,7 +6,8 @@ experts than in training. Layers that are not sparse are listed one by one.
 
 from typing import Any
 
-from megatron_ds.config.schema import ModelConfig, MoEConfig
+from megatron_ds.config.moe_schema import MoEConfig
+from megatron_ds.config.schema import ModelConfig
 from megatron_ds.hf.targets.common import (
     SpecialIds,
     Target,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_ds.config.schema import Capacity, Dropless, DynamicCapacity, MoEConfig
+from megatron_ds.config.moe_schema import Capacity, Dropless, DynamicCapacity, MoEConfig
 from megatron_ds.model.moe.router import Fp32Buffers, Routing
 
 

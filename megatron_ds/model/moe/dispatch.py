@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from megatron_ds.config.schema import MoEConfig
+from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.model.moe.exchange import Level, Stage
 from megatron_ds.model.moe.experts import Assignment, Experts, PendingWeights
 from megatron_ds.parallel.ring import Ring, Traffic

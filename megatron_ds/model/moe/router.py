@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.config.schema import MoEConfig
-from megatron_ds.config.schema import Router as RouterConfig
+from megatron_ds.config.moe_schema import MoEConfig
+from megatron_ds.config.moe_schema import Router as RouterConfig
 
 
 @dataclass(frozen=True)
