@@ -62,3 +62,13 @@ def test_the_export_equals_the_trained_model(straight):
     assert json.loads((corpus / "hf" / "config.json").read_text())["moe_num_experts"] == 4
     refused = cli(corpus, "export-hf", *load, "--target", "mixtral", check=False)
     assert refused.returncode == 2 and "shared expert" in refused.stderr
+
+
+def test_a_checkpoint_of_another_model_is_refused(straight):
+    """Fewer experts, or fewer layers: parts of its tensors would fit."""
+    corpus, _ = straight
+    one = (*CONFIG, "--run-name", "other", "--expert-model-parallel-size", "1", "--load", "runs/straight/checkpoints")
+    for change in (("--num-experts", "2"), ("--num-layers", "2", "--moe-layer-freq", "0", "1")):
+        refused = launch(corpus, "python", 1, *one, *change, check=False)
+        assert refused.returncode == 4, refused.stderr
+        assert "does not hold the configured model" in refused.stderr

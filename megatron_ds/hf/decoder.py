@@ -11,6 +11,9 @@ from megatron_ds.config.schema import ModelConfig, RunConfig
 from megatron_ds.errors import CheckpointError
 from megatron_ds.model.decoder import Decoder
 
+MAX_PROBLEMS = 3
+"""Tensors that one message names."""
+
 
 def read_config(checkpoint: Checkpoint) -> RunConfig:
     """The run's resolved configuration; CheckpointError when this version does not understand it."""
@@ -46,7 +49,11 @@ def check_tensors(checkpoint: Checkpoint, model: ModelConfig, moe: MoEConfig | N
         if name in held and held[name] != shape
     ]
     if problems:
-        raise CheckpointError(f"{checkpoint.path}: does not hold the model of its own config: {'; '.join(problems)}")
+        more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+        raise CheckpointError(
+            f"{checkpoint.path}: does not hold the configured model: {'; '.join(problems[:MAX_PROBLEMS])}{more}; "
+            f"its config.json has the settings of the model that it holds"
+        )
     return expected
 
 

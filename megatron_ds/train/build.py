@@ -24,6 +24,7 @@ from megatron_ds.data.loader import Batch, BatchLoader, Datasets, build_datasets
 from megatron_ds.engine.initialize import Engine, build_engine
 from megatron_ds.engine.state import counters, fragments, restore
 from megatron_ds.errors import ConfigError, MegatronError
+from megatron_ds.hf.decoder import check_tensors
 from megatron_ds.model import cost
 from megatron_ds.optim.lr_schedule import LearningRate
 from megatron_ds.parallel.groups import Groups
@@ -102,7 +103,8 @@ class Run:
         self.monitor.checkpoint(CheckpointReport(self.step, saved.path, saved.seconds, saved.bytes))
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint of any layout."""
+        """Continue from a checkpoint of any layout; CheckpointError when it holds another model."""
+        check_tensors(checkpoint, self.config.megatron_ds.model, self.config.megatron_ds.moe)
         trainer = checkpoint.trainer
         restore(self.engine, self.weights, checkpoint, trainer["engine"])
         state = checkpoint.rank_state(self.groups.rank)
