@@ -17,7 +17,7 @@ import harness
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.config.schema import FullAttention, ModelConfig
+from megatron_ds.config.model_schema import FullAttention, ModelConfig
 from megatron_ds.model.cost import flops_per_token, measure_gemm_roof
 from megatron_ds.model.decoder import Decoder
 from megatron_ds.model.init import initialize

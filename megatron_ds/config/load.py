@@ -39,6 +39,20 @@ GENERATION_DEFAULTS: dict[str, Tree] = {
             "moe": {},
         }
     },
+    "v3": {
+        OURS: {
+            "model": {
+                "attention": {"kind": "latent"},
+                "qk_layernorm": False,
+                "rotary_interleaved": True,
+                "norm_epsilon": 1e-6,
+                "untie_embeddings_and_output_weights": True,
+                "init_method_std": 0.006,
+            },
+            "moe": {"router": {"kind": "sigmoid", "fine": "bias"}},
+            "parallel": {"sequence_parallel": True},
+        }
+    },
 }
 """What a generation sets before the file does, as a raw tree; the schema's own defaults are v1's."""
 

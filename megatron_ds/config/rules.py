@@ -8,10 +8,11 @@ schedule and data.
 
 from collections.abc import Callable, Iterator
 
+from megatron_ds.config.model_schema import HybridAttention, Llama3Rope, YarnRope
 from megatron_ds.config.moe_rules import MOE_RULES, MOE_WORLD_RULES
 from megatron_ds.config.problems import Findings, Problem, divisors, either, problem
 from megatron_ds.config.resolve import data_parallel_size, nearest_multiples
-from megatron_ds.config.schema import HybridAttention, Llama3Rope, RunConfig, YarnRope
+from megatron_ds.config.schema import RunConfig
 from megatron_ds.config.training_rules import TRAINING_RULES, TRAINING_WORLD_RULES
 
 Rule = Callable[[RunConfig], Iterator[Problem]]
@@ -99,7 +100,7 @@ def windows_grow(config: RunConfig) -> Iterator[Problem]:
 
 def matrices_are_whole(config: RunConfig) -> Iterator[Problem]:
     ours = config.megatron_ds
-    if ours.parallel.tensor_model_parallel_size > 1:
+    if ours.generation != "v3" and ours.parallel.tensor_model_parallel_size > 1:
         rule = f"generation {ours.generation} has no tensor parallelism"
         fix = "set it to 1 (ZeRO, pipelines and expert parallelism save memory too)"
         yield problem(config, "parallel.tensor_model_parallel_size", rule, fix, "generation")

@@ -17,8 +17,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import ModelConfig
 from megatron_ds.data.loader import Batch
 from megatron_ds.model.moe.sparse_mlp import ExpertLoad, finish_step
 from megatron_ds.optim.grad_norm import clip_coefficient, global_norm, sum_of_squares

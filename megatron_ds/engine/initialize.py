@@ -16,8 +16,9 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from megatron_ds.config.deepspeed_dict import deepspeed_dict
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import ModelConfig, RunConfig
+from megatron_ds.config.schema import RunConfig
 from megatron_ds.engine.gradients import Objective
 from megatron_ds.engine.module import StageModule
 from megatron_ds.engine.pipeline_engine import TableEngine

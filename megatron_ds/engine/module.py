@@ -11,13 +11,14 @@ from typing import Any
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor
 
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import ModelConfig
 from megatron_ds.model.context import Context
 from megatron_ds.model.cost import layer_costs
-from megatron_ds.model.decoder import LayerEntry, layer_list, run, tied_output
+from megatron_ds.model.decoder import LayerEntry, layer_list, run
 from megatron_ds.model.moe.layer import Anchor
 from megatron_ds.model.moe.sparse_mlp import SparseMLP
+from megatron_ds.model.vocabulary import tied_output
 from megatron_ds.parallel.groups import Groups
 from megatron_ds.pipeline.partition import partition
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_ds.data.loader import Batch
 from megatron_ds.engine.gradients import GradientsMixin
-from megatron_ds.model.decoder import Embedding
+from megatron_ds.model.vocabulary import Embedding
 
 
 class PlainEngine(GradientsMixin, DeepSpeedEngine):

@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from megatron_ds.checkpoint.store import Checkpoint, Fragment
-from megatron_ds.parallel.shard import box_of, full_shape, shard_of
+from megatron_ds.parallel.shard import box_of, full_shape, shards_of
 
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -39,7 +39,7 @@ class Slot:
     @property
     def box(self) -> tuple[tuple[int, int], ...]:
         """The part of the full tensor that this rank's parameter covers."""
-        return box_of(self.parameter) if shard_of(self.parameter) else tuple((0, size) for size in self.shape)
+        return box_of(self.parameter) if shards_of(self.parameter) else tuple((0, size) for size in self.shape)
 
 
 def slots(engine: DeepSpeedEngine, weights: dict[str, Tensor]) -> Iterator[Slot]:

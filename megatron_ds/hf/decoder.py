@@ -6,8 +6,9 @@ import torch
 from pydantic import ValidationError
 
 from megatron_ds.checkpoint.reader import Checkpoint
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import ModelConfig, RunConfig
+from megatron_ds.config.schema import RunConfig
 from megatron_ds.errors import CheckpointError
 from megatron_ds.model.decoder import Decoder
 

@@ -8,8 +8,9 @@ from importlib.metadata import version
 
 import megatron_ds
 from megatron_ds.checkpoint.reader import Checkpoint
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import ModelConfig, RunConfig
+from megatron_ds.config.schema import RunConfig
 from megatron_ds.hf.targets.common import Target
 from megatron_ds.model.cost import active_parameters, num_parameters
 

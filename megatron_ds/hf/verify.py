@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_ds.checkpoint.reader import Checkpoint
-from megatron_ds.config.schema import ModelConfig, RunConfig
+from megatron_ds.config.model_schema import ModelConfig
+from megatron_ds.config.schema import RunConfig
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.decoder import load_decoder, read_config
 from megatron_ds.hf.options import FORMATS

@@ -9,19 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ds.config.schema import (
-    Attention,
-    FullAttention,
-    HybridAttention,
-    ModelConfig,
-    SoftGateAttention,
-)
+from megatron_ds.config.model_schema import Attention, FullAttention, HybridAttention, ModelConfig, SoftGateAttention
 from megatron_ds.model.attention_mask import Packing
 from megatron_ds.model.context import Context
-from megatron_ds.model.linear import Linear
 from megatron_ds.model.norm import RMSNorm
 from megatron_ds.model.rotary import rotate
 from megatron_ds.model.tiled_attention import Dropout, tiled_attention
+from megatron_ds.parallel.linear import Linear
 from megatron_ds.parallel.random import derive_seed
 
 

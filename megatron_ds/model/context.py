@@ -6,11 +6,13 @@ calls and need no buffers of their own.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from megatron_ds.config.schema import Attention, HybridAttention, ModelConfig
+from megatron_ds.config.model_schema import Attention, HybridAttention, ModelConfig
 from megatron_ds.model.attention_mask import Packing
 from megatron_ds.model.rotary import rotary_tables
+from megatron_ds.parallel.random import derive_seed, seed_default_generator
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,9 @@ def window_at(attention: Attention, step: int) -> int | None:
     growth = attention.window_growth
     grown = min(step / growth.iters, 1.0)
     return round(growth.start + (attention.window - growth.start) * grown)
+
+
+def seed_dropout(device: torch.device, context: Context, layer: int | str) -> None:
+    """Seed the generator where a layer starts, so that its masks depend on the layer alone."""
+    assert context.dropout_seed is not None, "training with dropout needs a dropout_seed"
+    seed_default_generator(device, derive_seed(context.dropout_seed, layer))

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from megatron_ds.config.model_schema import HybridAttention, ModelConfig, SoftGateAttention
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import HybridAttention, ModelConfig, SoftGateAttention
 from megatron_ds.model.attention_mask import first_keys, key_ranges
-from megatron_ds.model.linear import linear
+from megatron_ds.parallel.linear import linear
 
 Convention = Literal["causal", "executed"]
 

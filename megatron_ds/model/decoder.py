@@ -12,95 +12,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import ModelConfig
-from megatron_ds.model.attention import ATTENTION
 from megatron_ds.model.context import Context
-from megatron_ds.model.linear import Linear, linear
-from megatron_ds.model.mlp import MLP
-from megatron_ds.model.moe.sparse_mlp import SparseMLP
-from megatron_ds.model.norm import FinalNorm, RMSNorm
-from megatron_ds.parallel.random import derive_seed, seed_default_generator
+from megatron_ds.model.layer import DecoderLayer
+from megatron_ds.model.norm import FinalNorm
+from megatron_ds.model.vocabulary import Embedding, Output, tied_output
 
 if TYPE_CHECKING:  # importing it starts DeepSpeed, which an export does not need
     from megatron_ds.parallel.groups import Groups
-
-
-class Embedding(nn.Embedding):
-    """token_BS -> x_BSD."""
-
-    output_weight: Tensor | None = None
-    """What a tied output multiplies with instead of ``weight``: its alias, where gradients of the two uses are kept
-    apart until the step (``engine/plain_engine.py``)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__(config.padded_vocab_size, config.hidden_size)
-        self.dropout = config.hidden_dropout
-
-    def forward(self, token_BS: Tensor, context: Context) -> Tensor:
-        x_BSD = super().forward(token_BS)
-        if not self.training or self.dropout == 0:
-            return x_BSD
-        _seed_dropout(x_BSD.device, context, "embedding")
-        return F.dropout(x_BSD, self.dropout)
-
-
-class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): x_BSD -> x_BSD."""
-
-    def __init__(self, config: ModelConfig, index: int, moe: MoEConfig | None = None, groups: "Groups | None" = None):
-        """``moe`` and ``groups``: see ``layer_list``."""
-        super().__init__()
-        self.index = index
-        self.dropout = config.hidden_dropout
-        self.drops = config.hidden_dropout > 0 or config.attention_dropout > 0
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.attention = ATTENTION[type(config.attention)](config, index)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.mlp = _feed_forward(config, index, moe, groups)
-
-    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
-        if self.training and self.drops:
-            _seed_dropout(x_BSD.device, context, self.index)
-        attended_BSD = self.attention(self.attention_norm(x_BSD), context)
-        x_BSD = F.dropout(attended_BSD, self.dropout, self.training) + x_BSD
-        return F.dropout(self.mlp(self.mlp_norm(x_BSD), context), self.dropout, self.training) + x_BSD
-
-
-def _feed_forward(config: ModelConfig, index: int, moe: MoEConfig | None, groups: "Groups | None") -> nn.Module:
-    """The dense block of a layer, or its experts; distributed ones in the form that DeepSpeed recognises."""
-    if moe is None or not moe.is_moe_layer(index):
-        return MLP(config.hidden_size, config.ffn_size)
-    if groups is None or groups.experts is None:
-        return SparseMLP(config, moe, index, groups)
-    from megatron_ds.model.moe.layer import ExpertParallelMLP  # starts DeepSpeed, as Groups do
-
-    return ExpertParallelMLP(config, moe, index, groups)
-
-
-class Output(Linear):
-    """x_BSD -> logits_BSV over the padded vocabulary, with a weight of its own."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__(config.hidden_size, config.padded_vocab_size)
-
-    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
-        return super().forward(x_BSD)
-
-
-def tied_output(embedding: Embedding, x_BSD: Tensor, context: Context) -> Tensor:
-    """x_BSD -> logits_BSV over the padded vocabulary, with the embedding's weight."""
-    return linear(x_BSD, embedding.weight if embedding.output_weight is None else embedding.output_weight)
-
-
-def _seed_dropout(device: torch.device, context: Context, layer: int | str) -> None:
-    """Seed the generator where a layer starts, so that its masks depend on the layer alone."""
-    assert context.dropout_seed is not None, "training with dropout needs a dropout_seed"
-    seed_default_generator(device, derive_seed(context.dropout_seed, layer))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from megatron_ds.config.schema import ModelConfig
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.parallel.random import derive_seed
 from megatron_ds.parallel.shard import box_of, full_shape
 

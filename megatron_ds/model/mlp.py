@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron_ds.model.context import Context
-from megatron_ds.model.linear import Linear
+from megatron_ds.parallel.linear import Linear
 
 
 class MLP(nn.Module):

@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_ds.config.schema import (
-    DefaultRope,
-    LinearRope,
-    Llama3Rope,
-    ModelConfig,
-    RopeScaling,
-    YarnRope,
-)
+from megatron_ds.config.model_schema import DefaultRope, LinearRope, Llama3Rope, ModelConfig, RopeScaling, YarnRope
 
 Pairs = Callable[[Tensor], tuple[Tensor, Tensor]]
 """The first and the second channels of all pairs, as views."""

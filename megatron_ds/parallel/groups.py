@@ -23,7 +23,8 @@ from torch import Tensor
 
 from megatron_ds.config.schema import ParallelConfig
 from megatron_ds.parallel.ring import Ring
-from megatron_ds.parallel.shard import shard_of
+from megatron_ds.parallel.shard import shards_of
+from megatron_ds.parallel.tensor import TensorRanks
 from megatron_ds.parallel.topology import Axis, Topology
 
 
@@ -56,6 +57,8 @@ class Groups:
     """Data ranks that hold the same experts; all data ranks when experts are not distributed."""
     experts: ExpertGroups | None
     """None when every rank has all experts."""
+    tensor: TensorRanks
+    """The ranks that share this one's matrices."""
 
     @property
     def world_size(self) -> int:
@@ -72,8 +75,10 @@ class Groups:
         return self.index("pipe") == self.topology.pipe - 1
 
     def holds_first_copy(self, tensor: Tensor) -> bool:
-        """Whether this is the first of the data ranks that hold the same (part of a) weight."""
-        return self.index("data" if shard_of(tensor) is None else "replica") == 0
+        """Whether this is the first of its stage's ranks that hold the same (part of a) weight."""
+        shards = {shard.axis: shard for shard in shards_of(tensor)}
+        copy = self.index("tensor") % shards["tensor"].copies if "tensor" in shards else self.index("tensor")
+        return copy == 0 and self.index("replica" if "expert" in shards else "data") == 0
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -85,9 +90,9 @@ class Groups:
         return tensor
 
     def sum_over(self, axis: Axis, tensor: Tensor) -> Tensor:
-        """In-place sum over this rank's peers along ``pipe``, ``data`` or ``replica``."""
+        """In-place sum over this rank's peers along ``pipe``, ``data``, ``tensor`` or ``replica``."""
         if getattr(self.topology, axis) > 1:
-            dist.all_reduce(tensor, group=getattr(self, axis))
+            dist.all_reduce(tensor, group=self.tensor.group if axis == "tensor" else getattr(self, axis))
         return tensor
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -185,6 +190,12 @@ def build_groups(parallel: ParallelConfig) -> Groups:
         gradients=_group_along("pipe", topology, rank),
         replica=_group_along("replica", topology, rank),
         experts=_expert_groups(topology, rank, parallel.expert_ranks_per_node) if topology.expert > 1 else None,
+        tensor=TensorRanks(
+            index=topology.coordinate(rank, "tensor"),
+            size=topology.tensor,
+            group=_group_along("tensor", topology, rank),
+            sequence_parallel=parallel.sequence_parallel,
+        ),
     )
 
 

@@ -20,30 +20,32 @@ class Shard:
     dim: int
     index: int
     count: int
+    copies: int = 1
+    """Neighbouring ranks of the axis that hold the same part, each with its share of the part's gradient."""
 
     def attach(self, parameter: nn.Parameter) -> nn.Parameter:
-        """Tag a parameter that holds this part; returns it."""
-        parameter.shard = self
+        """Tag a parameter that holds this part; returns it. One that is cut along several axes has a tag for each."""
+        parameter.shards = (*shards_of(parameter), self)
         return parameter
 
 
-def shard_of(tensor: Tensor) -> Shard | None:
-    """The tag of a parameter; None when it is whole."""
-    return getattr(tensor, "shard", None)
+def shards_of(tensor: Tensor) -> tuple[Shard, ...]:
+    """The tags of a parameter; none when it is whole."""
+    return getattr(tensor, "shards", ())
 
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:
     """Shape of the whole weight."""
-    shape, shard = list(tensor.shape), shard_of(tensor)
-    if shard is not None:
+    shape = list(tensor.shape)
+    for shard in shards_of(tensor):
         shape[shard.dim] *= shard.count
     return tuple(shape)
 
 
 def box_of(tensor: Tensor) -> tuple[tuple[int, int], ...]:
     """The part of the whole weight that a tensor holds: [begin, end) of every dimension."""
-    box, shard = [(0, size) for size in tensor.shape], shard_of(tensor)
-    if shard is not None:
+    box = [(0, size) for size in tensor.shape]
+    for shard in shards_of(tensor):
         size = tensor.shape[shard.dim]
         box[shard.dim] = (shard.index * size, (shard.index + 1) * size)
     return tuple(box)

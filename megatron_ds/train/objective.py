@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from megatron_ds.config.schema import ModelConfig
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.data.loader import Batch
 from megatron_ds.engine.gradients import Objective
 from megatron_ds.parallel.loss import cross_entropy_sum

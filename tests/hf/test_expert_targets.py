@@ -2,8 +2,8 @@
 
 import pytest
 
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import ModelConfig
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.targets import TARGETS, choose_target
 from megatron_ds.hf.targets.common import SpecialIds

@@ -9,8 +9,8 @@ import torch
 from tiny_checkpoint import FULL, MODELS, WINDOW, export_tiny, load_stock, random_tokens, save_tiny
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import ModelConfig
 from megatron_ds.hf.remote_code.configuration_mds_moe import MdsMoeConfig
 from megatron_ds.hf.remote_code.modeling_mds_moe import MdsMoeRouter
 from megatron_ds.hf.targets import TARGETS

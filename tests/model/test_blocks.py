@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_ds.model.linear import ONEDNN_LINEAR, Linear, linear
 from megatron_ds.model.mlp import MLP
 from megatron_ds.model.norm import RMSNorm
+from megatron_ds.parallel.linear import ONEDNN_LINEAR, Linear, linear
 
 
 def draw(*shape, seed=0):

@@ -7,13 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ds.config.load import load_config
+from megatron_ds.config.model_schema import FullAttention, HybridAttention, ModelConfig, SoftGateAttention
 from megatron_ds.config.moe_schema import MoEConfig, SigmoidRouter, SoftmaxRouter
-from megatron_ds.config.schema import (
-    FullAttention,
-    HybridAttention,
-    ModelConfig,
-    SoftGateAttention,
-)
 from megatron_ds.model import cost
 from megatron_ds.model.decoder import Decoder, layer_list
 from megatron_ds.model.init import initialize

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_ds.config.schema import (
+from megatron_ds.config.model_schema import (
     DefaultRope,
     FullAttention,
     HybridAttention,
@@ -21,7 +21,8 @@ from megatron_ds.config.schema import (
     YarnRope,
 )
 from megatron_ds.model.context import Context, window_at
-from megatron_ds.model.decoder import Decoder, layer_list, run, tied_output
+from megatron_ds.model.decoder import Decoder, layer_list, run
+from megatron_ds.model.vocabulary import tied_output
 from megatron_ds.parallel.loss import cross_entropy_sum
 
 LENGTH = 83

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
+from megatron_ds.config.model_schema import ModelConfig, SoftGateAttention
 from megatron_ds.config.moe_schema import MoEConfig, SoftmaxRouter
-from megatron_ds.config.schema import ModelConfig, SoftGateAttention
 from megatron_ds.model.decoder import Decoder
 from megatron_ds.model.init import initialize
 from megatron_ds.parallel.random import derive_seed

@@ -8,7 +8,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.ernie4_5_moe.configuration_ernie4_5_moe import Ernie4_5_MoeConfig
 from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeRotaryEmbedding, apply_rotary_pos_emb
 
-from megatron_ds.config.schema import DefaultRope, LinearRope, Llama3Rope, ModelConfig, YarnRope
+from megatron_ds.config.model_schema import DefaultRope, LinearRope, Llama3Rope, ModelConfig, YarnRope
 from megatron_ds.model.rotary import frequencies, rotary_tables, rotate
 
 SCALINGS = [

@@ -1,7 +1,7 @@
 """The export targets, in the order in which ``--target auto`` tries them."""
 
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import ModelConfig
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.targets.common import Target
 from megatron_ds.hf.targets.cwm import CWM

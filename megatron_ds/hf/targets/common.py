@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_ds.config.model_schema import HybridAttention, ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import HybridAttention, ModelConfig
 
 NAMES = {
     "embedding.weight": "model.embed_tokens.weight",

@@ -6,7 +6,7 @@ is written.
 
 from typing import Any
 
-from megatron_ds.config.schema import ModelConfig
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.hf.targets.common import (
     SpecialIds,
     Target,

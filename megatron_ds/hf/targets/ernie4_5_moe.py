@@ -6,8 +6,8 @@ way. Shared experts are one wide block, declared as a number of experts of the r
 
 from typing import Any
 
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import ModelConfig
 from megatron_ds.hf.targets.common import (
     SpecialIds,
     Target,

@@ -6,8 +6,8 @@ whose names include a router bias has one in every sparse layer, so a model with
 
 from typing import Any
 
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import ModelConfig
 from megatron_ds.hf.targets.common import LAYER_NAMES, gate_reasons
 
 EXPERT_LAYER_NAMES = LAYER_NAMES | {

@@ -5,7 +5,7 @@ It holds soft-gate models only. Everything else has a stock target, which needs 
 
 from typing import Any
 
-from megatron_ds.config.schema import ModelConfig
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.hf.targets.common import SpecialIds, Target, llama_config
 
 

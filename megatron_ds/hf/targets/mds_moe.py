@@ -8,8 +8,8 @@ last.
 
 from typing import Any
 
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import ModelConfig
 from megatron_ds.hf.targets.common import SpecialIds, Target, gate_reasons, layer_types, llama_config, sliding_window
 from megatron_ds.hf.targets.experts import (
     EXPERT_LAYER_NAMES,

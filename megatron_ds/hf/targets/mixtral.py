@@ -6,8 +6,8 @@ gate, w3 the up projection, w2 the way down.
 
 from typing import Any
 
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import ModelConfig
 from megatron_ds.hf.targets.common import (
     LAYER_NAMES,
     SpecialIds,

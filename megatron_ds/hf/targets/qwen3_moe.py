@@ -6,8 +6,8 @@ experts than in training. Layers that are not sparse are listed one by one.
 
 from typing import Any
 
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import ModelConfig
 from megatron_ds.hf.targets.common import (
     SpecialIds,
     Target,

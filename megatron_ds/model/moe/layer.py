@@ -10,8 +10,8 @@ import torch
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import ModelConfig
 from megatron_ds.model.moe.sparse_mlp import SparseMLP
 from megatron_ds.parallel.groups import Groups
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.config.schema import ModelConfig
 from megatron_ds.model.context import Context
 from megatron_ds.model.mlp import MLP
 from megatron_ds.model.moe.balance import Balance, attach_loss, update_bias

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, mm_flop, register_flop_formula
 
+from megatron_ds.parallel.deferred import weight_gradients
+
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 if ONEDNN_LINEAR is not None and ONEDNN_LINEAR not in flop_registry:
@@ -49,7 +51,9 @@ class _OneDnnLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None
+        (grad_weight,) = weight_gradients([weight], lambda: [grad.flatten(0, -2).t() @ x.flatten(0, -2)])
         return grad_x, grad_weight
 
 

@@ -1,0 +1,49 @@
+"""Weight gradients that can wait: a backward pass in two halves, as zero-bubble schedules need it (arXiv 2401.10241).
+
+The previous stage waits for the gradient of an input, nobody waits for that of a weight. Layers whose weight gradient
+is a product of its own ask ``weight_gradients`` for it in their backward pass; under ``deferring`` they get None, and
+the product is left in a queue that runs later and adds to ``.grad``. Biases and norms, which cost nothing, do not wait.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+Queue = list[Callable[[], None]]
+
+# A backward pass may run in a thread of autograd, so this cannot be local to the caller's.
+_queue: Queue | None = None
+
+
+@contextmanager
+def deferring() -> Iterator[Queue]:
+    """Collect the weight gradients of the backward passes inside; call the queue's entries, in order, to make up."""
+    global _queue
+    assert _queue is None, "one backward pass at a time"
+    _queue = []
+    try:
+        yield _queue
+    finally:
+        _queue = None
+
+
+def weight_gradients(
+    weights: Sequence[Tensor], compute: Callable[[], Sequence[Tensor]]
+) -> Sequence[Tensor] | tuple[None, ...]:
+    """What a backward pass returns for ``weights``, which are leaves: ``compute()``, or None for each if they wait."""
+    if _queue is None:
+        return compute()
+    _queue.append(lambda: _accumulate(weights, compute()))
+    return (None,) * len(weights)
+
+
+@torch.no_grad()
+def _accumulate(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Add to ``.grad`` as autograd would."""
+    for weight, gradient in zip(weights, gradients, strict=True):
+        if weight.grad is None:
+            weight.grad = gradient.to(weight.dtype)
+        else:
+            weight.grad += gradient
