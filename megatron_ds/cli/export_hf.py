@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from megatron_ds.hf.options import FORMATS, ExportOptions, parse_size
+from megatron_ds.hf.options import FORMATS, MTP_PLACES, ExportOptions, parse_size
 from megatron_ds.hf.targets import TARGETS
 
 HELP = "Write a checkpoint as a directory that stock transformers loads."
@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     families = ["auto", *TARGETS]
     which = "auto takes the first that can express the model (docs/export.md: what each can hold)"
     add("--target", default="auto", choices=families, help=f"model family; {which}")
+    places = "in the same files, in OUTPUT-mtp or nowhere; auto: wherever the output then loads without a warning"
+    add("--mtp", default="auto", choices=["auto", *MTP_PLACES], help=f"blocks of multi-token prediction: {places}")
     add("--dtype", choices=list(FORMATS), help="number format of the weights; by default the run's")
     add("--verify", action="store_true", help="load the result in a fresh process, compare it with the training model")
     add("--tokenizer", type=Path, metavar="DIR", help="tokenizer directory; by default the checkpoint's copy")
@@ -31,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Export and say what was written."""
     options = ExportOptions(
         target=args.target,
+        mtp=args.mtp,
         precision=args.dtype,
         tokenizer=args.tokenizer,
         max_shard_size=parse_size(args.max_shard_size),
@@ -40,11 +43,17 @@ def run(args: argparse.Namespace) -> int:
     )
     # Here, since torch takes seconds to import and --help should not.
     from megatron_ds.checkpoint.store import open_checkpoint
-    from megatron_ds.hf.export import export
+    from megatron_ds.hf.decoder import read_config
+    from megatron_ds.hf.export import export, mtp_directory
 
     checkpoint = open_checkpoint(args.load)
-    target = export(checkpoint, args.output, options)
+    exported = export(checkpoint, args.output, options)
+    target = exported.target
     print(f"exported step {checkpoint.step} as {target.model_type} to {args.output}")
+    blocks = read_config(checkpoint).megatron_ds.model.mtp_num_layers
+    if blocks:
+        places = {"inline": "in the same files", "separate": f"in {mtp_directory(args.output)}", "drop": "left out"}
+        print(f"blocks of multi-token prediction ({blocks}): {places[exported.mtp]}")
     if not (args.output / "tokenizer.json").exists():
         print("note: without a tokenizer, since the run had none; add one with --tokenizer DIR")
     print(f"engines: {target.engines}")

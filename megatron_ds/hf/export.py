@@ -2,15 +2,16 @@
 
 The target says how (names and config.json), ``plan.py`` lists the tensors, the writer streams them, and everything else
 is small files. All of it is written beside the output under a hidden name, proved there if asked, forced to the disk
-and renamed: the output either does not exist or is whole. Training state is not exported; ``verify.py`` does the
-proving.
+and renamed: the output either does not exist or is whole. MTP blocks go into the same files, or into a directory of
+their own beside it, which appears together with it. Training state is not exported; ``verify.py`` does the proving.
 """
 
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
@@ -25,42 +26,66 @@ from megatron_ds.checkpoint.reader import Checkpoint
 from megatron_ds.config.schema import RunConfig
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.decoder import check_tensors, read_config
-from megatron_ds.hf.model_card import model_card
+from megatron_ds.hf.model_card import model_card, mtp_card
 from megatron_ds.hf.options import FORMATS, ExportOptions
-from megatron_ds.hf.plan import plan_entries
-from megatron_ds.hf.targets import choose_target
+from megatron_ds.hf.plan import Plan
+from megatron_ds.hf.targets import choose_target, place_mtp
 from megatron_ds.hf.targets.common import SpecialIds, Target
 from megatron_ds.hf.tokenizer_files import TokenizerFiles
 from megatron_ds.hf.verify import verify
 from megatron_ds.hf.writer import write_json, write_weights
 
 
-def export(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> Target:
-    """Write ``output`` and return the target that it was written for.
+@dataclass(frozen=True)
+class Exported:
+    """What an export became."""
 
-    Raises ConfigError when no target (or not the requested one) can express the model, when the output exists or the
-    tokenizer does not fit; CheckpointError when the weights are not the model's or a check of ``--verify`` fails.
-    Either way nothing is left behind, and an output that was to be replaced is still there.
+    target: Target
+    """The family that it was written for."""
+    mtp: str
+    """Where its MTP blocks are: inline, separate or drop; the last, too, when there are none."""
+
+
+def export(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> Exported:
+    """Write ``output`` and, when MTP blocks are to be separate, ``mtp_directory(output)``.
+
+    Raises ConfigError when no target (or not the requested one) can express the model or hold its MTP blocks as
+    requested, when an output exists or the tokenizer does not fit; CheckpointError when the weights are not the model's
+    or a check of ``--verify`` fails. Either way nothing is left behind, and what was to be replaced is still there.
     """
     run = read_config(checkpoint)
     model, moe = run.megatron_ds.model, run.megatron_ds.moe
     target = choose_target(model, moe, options.target)
+    mtp = place_mtp(target, model, options.mtp)
     precision = options.precision or run.dtype_name
     tokenizer = find_tokenizer(checkpoint, run, options.tokenizer)
-    entries = plan_entries(check_tensors(checkpoint, model, moe), run, target, precision)
-    with committed(output, options.force) as directory:
-        write_weights(directory, entries, partial(_read, checkpoint), options.max_shard_size)
-        ids = tokenizer.special_ids() if tokenizer else plain_ids(run)
-        _write_configs(directory, target.config(model, moe, ids, FORMATS[precision].name), ids)
+    plan = Plan(check_tensors(checkpoint, model, moe), run, target, precision)
+    write = partial(write_weights, read=partial(_read, checkpoint), max_shard_size=options.max_shard_size)
+    ids = tokenizer.special_ids() if tokenizer else plain_ids(run)
+    held = model if mtp == "inline" else model.model_copy(update={"mtp_num_layers": 0})
+    separate = committed(mtp_directory(output), options.force) if mtp == "separate" else nullcontext()
+    with committed(output, options.force) as directory, separate as beside:
+        write(directory, plan.main() + (plan.mtp() if mtp == "inline" else []))
+        _write_configs(directory, target.config(held, moe, ids, FORMATS[precision].name), ids)
         if tokenizer:
             tokenizer.write(directory, model.max_positions)
         for name in target.code_files:
             (directory / name).write_bytes(files("megatron_ds.hf.remote_code").joinpath(name).read_bytes())
-        card = model_card(output.name, checkpoint, run, target, precision, options.command)
+        card = model_card(output.name, checkpoint, run, target, precision, mtp, options.command)
         (directory / "README.md").write_text(card, encoding="utf-8")
+        if beside:
+            write(beside, plan.mtp())
+            config = target.config(model, moe, ids, FORMATS[precision].name)
+            write_json(beside / "config.json", config | {"architectures": [target.mtp.architecture]} | _versions())
+            (beside / "README.md").write_text(mtp_card(output.name, model), encoding="utf-8")
         if options.verify:
             verify(directory, checkpoint, tokenizer, precision)
-    return target
+    return Exported(target, mtp)
+
+
+def mtp_directory(output: Path) -> Path:
+    """Where the MTP blocks of an export are when they are separate."""
+    return output.with_name(output.name + "-mtp")
 
 
 def find_tokenizer(checkpoint: Checkpoint, run: RunConfig, override: Path | None) -> TokenizerFiles | None:
@@ -139,8 +164,11 @@ def _read(checkpoint: Checkpoint, source: str, box: Box) -> Tensor:
 
 def _write_configs(directory: Path, config: dict[str, Any], ids: SpecialIds) -> None:
     """config.json and generation_config.json."""
-    versions = {"transformers_version": version("transformers")}
-    write_json(directory / "config.json", config | versions)
+    write_json(directory / "config.json", config | _versions())
     special = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
     named = {name: value for name, value in special.items() if value is not None}
-    write_json(directory / "generation_config.json", named | versions)
+    write_json(directory / "generation_config.json", named | _versions())
+
+
+def _versions() -> dict[str, str]:
+    return {"transformers_version": version("transformers")}

@@ -22,15 +22,20 @@ FORMATS = {
     "fp16": Format("float16", "F16", 2),
 }
 
+MTP_PLACES = ("inline", "separate", "drop")
+"""Where blocks of multi-token prediction go: with the other layers, into a directory of their own, nowhere."""
+
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """``target`` is a model_type or auto, ``precision`` a key of FORMATS (None: the run's own), ``tokenizer`` a
-    directory (None: the checkpoint's copy), ``max_shard_size`` bytes, ``command`` the line for the model card."""
+    """``target`` is a model_type or auto, ``mtp`` one of MTP_PLACES or auto, ``precision`` a key of FORMATS (None: the
+    run's own), ``tokenizer`` a directory (None: the checkpoint's copy), ``max_shard_size`` bytes, ``command`` the line
+    for the model card."""
 
     target: str = "auto"
+    mtp: str = "auto"
     precision: str | None = None
     tokenizer: Path | None = None
     max_shard_size: int = 4 * 2**30

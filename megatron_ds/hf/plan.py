@@ -2,13 +2,15 @@
 
 An entry is a box of one of the checkpoint's tensors under a Hugging Face name: all of it, the rows of the true
 vocabulary, or one part of one expert of a stack. Boxes are read one by one, so the experts of a layer are never in
-memory together. What only training needs (the running load of the experts) is left out.
+memory together. What only training needs (the running load of the experts) is left out; what a family has in every
+layer and the model has not is zeros, which change nothing.
 """
 
+import re
 from dataclasses import dataclass
 from math import prod
 
-from megatron_ds.checkpoint.pieces import Box, sizes, whole
+from megatron_ds.checkpoint.pieces import Box, whole
 from megatron_ds.config.schema import RunConfig
 from megatron_ds.hf.options import FORMATS, Format
 from megatron_ds.hf.targets.common import NAMES, Target
@@ -53,32 +55,108 @@ class Entry:
         return self.numel * self.format.itemsize
 
 
-def plan_entries(shapes: dict[str, tuple[int, ...]], run: RunConfig, target: Target, precision: str) -> list[Entry]:
-    """Every tensor of the export, layer by layer, without the vocabulary's padding.
+@dataclass(frozen=True)
+class Plan:
+    """Which tensors an export has; of MTP blocks apart, since they may have a directory of their own."""
 
-    Args:
-        shapes: logical name -> full shape of every tensor of the model.
-        run: what was trained.
-        target: the family; its names, and what it keeps in fp32.
-        precision: key of FORMATS for everything else.
-    """
-    model, moe = run.megatron_ds.model, run.megatron_ds.moe
-    entries = []
-    for name, shape in shapes.items():
-        rounding = held_precision(name, run, target, precision)
-        if not name.startswith("layers."):
-            rows = shape[0] if name == "norm.weight" else model.vocab_size
-            box = whole((rows, *shape[1:]))
-            entries.append(Entry(NAMES[name], name, box, sizes(box), precision, rounding))
-            continue
-        _, layer, inside = name.split(".", 2)
-        prefix = f"model.layers.{layer}."
-        if not inside.startswith(TRAINING_ONLY):
-            kept = "fp32" if inside in target.kept_fp32 else precision
-            entries += _layer_entries(target, prefix, inside, name, shape, (kept, rounding))
-        if inside == "mlp.router.weight" and moe.router.fine == "none" and ROUTER_BIAS in target.layer_names:
-            entries += _layer_entries(target, prefix, ROUTER_BIAS, None, shape[:1], ("fp32", "fp32"))
-    return entries
+    shapes: dict[str, tuple[int, ...]]
+    """Logical name -> full shape of every tensor of the model."""
+    run: RunConfig
+    """What was trained."""
+    target: Target
+    """The family; its names, and what it keeps in fp32."""
+    precision: str
+    """Key of FORMATS for everything else."""
+
+    def main(self) -> list[Entry]:
+        """Every tensor of the main model, layer by layer, without the vocabulary's padding."""
+        entries = []
+        for name, shape in self.shapes.items():
+            if name.startswith("layers."):
+                entries += self._layer(f"model.layers.{name.split('.')[1]}.", name, shape)
+            elif name == "norm.weight":
+                entries.append(self._whole(NAMES[name], name, shape))
+            elif name in NAMES:
+                entries.append(self._vocabulary(NAMES[name], name))
+        if self.target.untied and "output.weight" not in self.shapes:
+            entries.append(self._vocabulary(NAMES["output.weight"], "output.weight"))
+        return entries
+
+    def mtp(self) -> list[Entry]:
+        """Every tensor of the MTP blocks, with a copy of embedding and output in each, since vLLM reads them there."""
+        model, layout = self.run.megatron_ds.model, self.target.mtp
+        assert layout is not None, f"{self.target.model_type} has no place for MTP blocks; place_mtp tells"
+        entries = []
+        for block in range(model.mtp_num_layers):
+            own, prefix = f"mtp.{block}.", f"model.layers.{model.num_layers + block}."
+            for name, shape in self.shapes.items():
+                if name.startswith(own + "layer."):
+                    entries += self._layer(prefix, name, shape)
+                elif name.startswith(own):
+                    entries.append(self._whole(prefix + layout.names[name.removeprefix(own)], name, shape))
+            entries.append(self._vocabulary(prefix + layout.embedding, "embedding.weight"))
+            entries.append(self._vocabulary(prefix + layout.output, "output.weight"))
+        return entries
+
+    def _whole(self, name: str, source: str, shape: tuple[int, ...]) -> Entry:
+        return Entry(name, source, whole(shape), shape, self.precision, self.precision)
+
+    def _vocabulary(self, name: str, source: str) -> Entry:
+        """Embedding or output without its padding; a tied model has but one weight for both."""
+        model = self.run.megatron_ds.model
+        held = source if source in self.shapes else "embedding.weight"
+        return self._whole(name, held, (model.vocab_size, model.hidden_size))
+
+    def _layer(self, prefix: str, name: str, shape: tuple[int, ...]) -> list[Entry]:
+        """The entries of one tensor of a decoder layer; after a router's, what the layer lacks and the family has."""
+        inside = _inside_layer(name)
+        if inside.startswith(TRAINING_ONLY):
+            return []
+        rounding = held_precision(name, self.run, self.target, self.precision)
+        entries = self._tensor(prefix, inside, name, shape, rounding)
+        if inside == "mlp.router.weight":
+            for lacking, zeros in self._lacking(*shape).items():
+                entries += self._tensor(prefix, lacking, None, zeros, self._kept(lacking))
+        return entries
+
+    def _kept(self, inside: str) -> str:
+        """Precision in the file."""
+        return "fp32" if inside in self.target.kept_fp32 else self.precision
+
+    def _lacking(self, num_experts: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Logical name and shape of what the family has in every layer with experts and the model has not."""
+        ours = self.run.megatron_ds
+        lacking: dict[str, tuple[int, ...]] = {}
+        if ours.moe.router.fine == "none" and ROUTER_BIAS in self.target.layer_names:
+            lacking[ROUTER_BIAS] = (num_experts,)
+        if ours.moe.moe_shared_expert_intermediate_size is None and self.target.always_shared:
+            width = ours.moe.moe_ffn_hidden_size or ours.model.ffn_size
+            lacking |= dict.fromkeys(("mlp.shared.gate.weight", "mlp.shared.up.weight"), (width, hidden_size))
+            lacking["mlp.shared.down.weight"] = (hidden_size, width)
+        return lacking
+
+    def _tensor(
+        self, prefix: str, inside: str, source: str | None, shape: tuple[int, ...], rounding: str
+    ) -> list[Entry]:
+        """The entries of one tensor; of stacked experts, one for every part of every expert."""
+        names, kept = self.target.layer_names[inside], self._kept(inside)
+        if isinstance(names, str):
+            stored = (1, *shape) if inside in self.target.as_row else shape
+            return [Entry(prefix + names, source, whole(shape), stored, kept, rounding)]
+        num_experts, rows, columns = shape
+        rows //= len(names)
+        return [
+            Entry(
+                prefix + name.format(expert=expert),
+                source,
+                ((expert, expert + 1), (part * rows, (part + 1) * rows), (0, columns)),
+                (rows, columns),
+                kept,
+                rounding,
+            )
+            for expert in range(num_experts)
+            for part, name in enumerate(names)
+        ]
 
 
 def held_precision(name: str, run: RunConfig, target: Target, precision: str) -> str:
@@ -87,33 +165,12 @@ def held_precision(name: str, run: RunConfig, target: Target, precision: str) ->
     That is its precision, save for what the family keeps in fp32. Of that, the router's weights are rounded when the
     run computed with them in this very precision, so that the export routes as training did; its bias never is.
     """
-    inside = name.split(".", 2)[-1]
+    inside = _inside_layer(name)
     if inside not in target.kept_fp32:
         return precision
     return precision if inside != ROUTER_BIAS and run.dtype_name == precision else "fp32"
 
 
-def _layer_entries(
-    target: Target, prefix: str, inside: str, source: str | None, shape: tuple[int, ...], numbers: tuple[str, str]
-) -> list[Entry]:
-    """The entries of one tensor of a layer; of a stack [experts, rows, columns], one for every part of every expert.
-
-    ``numbers``: precision and rounding.
-    """
-    names = target.layer_names[inside]
-    if isinstance(names, str):
-        stored = (1, *shape) if inside in target.as_row else shape
-        return [Entry(prefix + names, source, whole(shape), stored, *numbers)]
-    num_experts, rows, columns = shape
-    rows //= len(names)
-    return [
-        Entry(
-            prefix + name.format(expert=expert),
-            source,
-            ((expert, expert + 1), (part * rows, (part + 1) * rows), (0, columns)),
-            (rows, columns),
-            *numbers,
-        )
-        for expert in range(num_experts)
-        for part, name in enumerate(names)
-    ]
+def _inside_layer(name: str) -> str:
+    """What follows the decoder layer in a logical name, be it one of the list or that of an MTP block."""
+    return re.sub(r"^(layers\.\d+|mtp\.\d+\.layer)\.", "", name)

@@ -81,7 +81,7 @@ def test_which_targets_hold_a_model(attention, qk_layernorm, able):
             "gpt2",
             {},
             "--target gpt2: unknown; choose auto, qwen3, llama, cwm, mds_dense, ernie4_5_moe, qwen3_moe, mixtral, "
-            "mds_moe",
+            "deepseek_v3, deepseek_v2, mds_moe",
         ),
     ],
 )

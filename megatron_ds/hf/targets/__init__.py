@@ -5,6 +5,8 @@ from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.targets.common import Target
 from megatron_ds.hf.targets.cwm import CWM
+from megatron_ds.hf.targets.deepseek_v2 import DEEPSEEK_V2
+from megatron_ds.hf.targets.deepseek_v3 import DEEPSEEK_V3
 from megatron_ds.hf.targets.ernie4_5_moe import ERNIE4_5_MOE
 from megatron_ds.hf.targets.llama import LLAMA
 from megatron_ds.hf.targets.mds_dense import MDS_DENSE
@@ -13,9 +15,9 @@ from megatron_ds.hf.targets.mixtral import MIXTRAL
 from megatron_ds.hf.targets.qwen3 import QWEN3
 from megatron_ds.hf.targets.qwen3_moe import QWEN3_MOE
 
-TARGETS: dict[str, Target] = {
-    target.model_type: target for target in (QWEN3, LLAMA, CWM, MDS_DENSE, ERNIE4_5_MOE, QWEN3_MOE, MIXTRAL, MDS_MOE)
-}
+DENSE_TARGETS = (QWEN3, LLAMA, CWM, MDS_DENSE)
+EXPERT_TARGETS = (ERNIE4_5_MOE, QWEN3_MOE, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, MDS_MOE)
+TARGETS: dict[str, Target] = {target.model_type: target for target in (*DENSE_TARGETS, *EXPERT_TARGETS)}
 
 
 def choose_target(model: ModelConfig, moe: MoEConfig | None = None, requested: str = "auto") -> Target:
@@ -38,3 +40,21 @@ def choose_target(model: ModelConfig, moe: MoEConfig | None = None, requested: s
         fix = f"use --target {' or '.join(able)}" if able else "no target can express this model"
         raise ConfigError(f"--target {requested}: {'; '.join(reasons[requested])}; {fix}")
     return TARGETS[requested]
+
+
+def place_mtp(target: Target, model: ModelConfig, requested: str = "auto") -> str:
+    """Where the blocks of multi-token prediction go: inline, separate (a directory of their own) or drop.
+
+    ``auto`` leaves the main directory one that stock transformers loads without a word: inline at the one depth that
+    it knows, else separate; drop for families without a place for them, and for models without any. Raises ConfigError
+    when ``requested`` cannot be done.
+    """
+    if not model.mtp_num_layers or target.mtp is None:
+        if requested in ("inline", "separate"):
+            reason = f"{target.model_type} has no place for MTP blocks" if model.mtp_num_layers else "there is no block"
+            given = f"model.mtp_num_layers is {model.mtp_num_layers}"
+            raise ConfigError(f"--mtp {requested}: {reason}: {given}; use --mtp drop, or leave it out")
+        return "drop"
+    if requested != "auto":
+        return requested
+    return "inline" if (model.num_layers, model.mtp_num_layers) == (target.mtp.known_num_layers, 1) else "separate"

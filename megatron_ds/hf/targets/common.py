@@ -48,6 +48,23 @@ class SpecialIds:
 
 
 @dataclass(frozen=True)
+class MtpLayout:
+    """How a family stores block k of multi-token prediction: as ``model.layers.{num_layers + k}``, with its decoder
+    layer under the names of any other and the following beside it."""
+
+    names: Mapping[str, str]
+    """Logical name inside a block, but for its decoder layer -> Hugging Face's."""
+    embedding: str
+    """Hugging Face's name for the copy of the embedding that every block has."""
+    output: str
+    """The same for the output."""
+    architecture: str
+    """Name in the config.json of a directory that holds the blocks alone, as vLLM calls the draft model."""
+    known_num_layers: int
+    """The one number of decoder layers at which transformers itself knows that the next is such a block."""
+
+
+@dataclass(frozen=True)
 class Target:
     """One model family that an export can be written for."""
 
@@ -65,6 +82,12 @@ class Target:
     """Logical names inside a layer that stay fp32 in an export of any precision, as the family loads them."""
     as_row: tuple[str, ...] = ()
     """Logical names inside a layer of vectors [n] that the family stores as [1, n]."""
+    untied: bool = False
+    """Whether the output has a weight of its own in every file; a tied model's is the embedding's, written twice."""
+    always_shared: bool = False
+    """Whether every layer with experts has a shared expert, too; that of a model without is zeros."""
+    mtp: MtpLayout | None = None
+    """How blocks of multi-token prediction are stored; None when the family has no place for them."""
     code_files: tuple[str, ...] = ()
     """Files of remote_code/ that the directory must carry."""
 
@@ -158,11 +181,11 @@ def query_key_norm_reasons(family: str, model: ModelConfig, *, has_norm: bool) -
     return [f"{family} {rule}: model.qk_layernorm is {str(model.qk_layernorm).lower()}"]
 
 
-def gate_reasons(family: str, model: ModelConfig) -> list[str]:
-    """No stock family weighs far keys."""
-    if model.attention.kind != "soft_gate":
-        return []
-    return [f"{family} has no gate on far keys: model.attention.kind is soft_gate"]
+def attention_reasons(family: str, model: ModelConfig) -> list[str]:
+    """Most families have neither of these: far keys that are weighed, keys made from a latent vector."""
+    missing = {"soft_gate": "gate on far keys", "latent": "latent attention"}
+    kind = model.attention.kind
+    return [f"{family} has no {missing[kind]}: model.attention.kind is {kind}"] if kind in missing else []
 
 
 def rotary_reasons(family: str, model: ModelConfig, *, interleaved: bool) -> list[str]:
@@ -189,5 +212,5 @@ def head_width_reasons(family: str, model: ModelConfig) -> list[str]:
 
 
 def stock_dense_reasons(family: str, model: ModelConfig) -> list[str]:
-    """What no dense stock family here has: a gate on far keys, interleaved rotary pairs."""
-    return gate_reasons(family, model) + rotary_reasons(family, model, interleaved=False)
+    """What no dense stock family here has: unusual attention, interleaved rotary pairs."""
+    return attention_reasons(family, model) + rotary_reasons(family, model, interleaved=False)

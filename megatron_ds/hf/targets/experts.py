@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.hf.targets.common import LAYER_NAMES, gate_reasons
+from megatron_ds.hf.targets.common import LAYER_NAMES, attention_reasons
 
 EXPERT_LAYER_NAMES = LAYER_NAMES | {
     "mlp.router.weight": "mlp.gate.weight",
@@ -51,7 +51,7 @@ def expert_config(moe: MoEConfig) -> dict[str, Any]:
 def plain_router_reasons(family: str, model: ModelConfig, moe: MoEConfig) -> list[str]:
     """What no stock family with a softmax router has."""
     router = moe.router
-    found = gate_reasons(family, model)
+    found = attention_reasons(family, model)
     if router.kind != "softmax":
         found.append(f"{family} scores experts by softmax: moe.router.kind is {router.kind}")
     if router.fine == "refine":

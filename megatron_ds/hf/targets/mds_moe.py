@@ -10,7 +10,14 @@ from typing import Any
 
 from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.hf.targets.common import SpecialIds, Target, gate_reasons, layer_types, llama_config, sliding_window
+from megatron_ds.hf.targets.common import (
+    SpecialIds,
+    Target,
+    attention_reasons,
+    layer_types,
+    llama_config,
+    sliding_window,
+)
 from megatron_ds.hf.targets.experts import (
     EXPERT_LAYER_NAMES,
     SHARED_EXPERT_NAMES,
@@ -22,7 +29,7 @@ from megatron_ds.hf.targets.experts import (
 
 def limits(model: ModelConfig, moe: MoEConfig) -> list[str]:
     """Why mds_moe cannot express a model."""
-    return gate_reasons("mds_moe", model)
+    return attention_reasons("mds_moe", model)
 
 
 def config(model: ModelConfig, moe: MoEConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:

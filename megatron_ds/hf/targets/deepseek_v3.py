@@ -1,0 +1,61 @@
+"""deepseek_v3: latent attention, a sigmoid router with bias and groups, shared experts, MTP blocks. v3's defaults.
+
+The family always chooses among groups, so a model without them has one, and always adds a bias and a shared expert, so
+a model without them gets zeros. MTP blocks are stored as layers beyond the last one, each with copies of embedding and
+output. transformers knows them at the depth of DeepSeek-V3 only; vLLM at any. Without ``topk_method`` and
+``scoring_func`` vLLM would silently route by softmax and without the bias.
+"""
+
+from typing import Any
+
+from megatron_ds.config.model_schema import ModelConfig
+from megatron_ds.config.moe_schema import MoEConfig
+from megatron_ds.hf.targets.common import MtpLayout, SpecialIds, Target
+from megatron_ds.hf.targets.deepseek import DEEPSEEK_LAYER_NAMES, deepseek_config, latent_reasons, layer_reasons
+
+
+def limits(model: ModelConfig, moe: MoEConfig) -> list[str]:
+    """Why deepseek_v3 cannot express a model."""
+    family, router = "deepseek_v3", moe.router
+    found = latent_reasons(family, model) + layer_reasons(family, model, moe)
+    if router.kind != "sigmoid":
+        found.append(f"{family} scores experts by sigmoid: moe.router.kind is {router.kind}")
+    if moe.num_experts == 1:
+        found.append(f"{family} scores a group by its two best experts: moe.num_experts is 1")
+    return found
+
+
+def config(model: ModelConfig, moe: MoEConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
+    """config.json of DeepseekV3ForCausalLM."""
+    return {
+        **deepseek_config("DeepseekV3ForCausalLM", "deepseek_v3", model, moe, ids, dtype),
+        "rope_interleave": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "moe_router_dtype": "float32",
+        "num_nextn_predict_layers": model.mtp_num_layers,
+    }
+
+
+DEEPSEEK_V3 = Target(
+    model_type="deepseek_v3",
+    limits=limits,
+    config=config,
+    engines="transformers, vLLM and llama.cpp.",
+    layer_names=DEEPSEEK_LAYER_NAMES | {"mlp.router.bias": "mlp.gate.e_score_correction_bias"},
+    kept_fp32=("mlp.router.weight", "mlp.router.bias"),
+    untied=True,
+    always_shared=True,
+    mtp=MtpLayout(
+        names={
+            "embedding_norm.weight": "enorm.weight",
+            "hidden_norm.weight": "hnorm.weight",
+            "projection.weight": "eh_proj.weight",
+            "norm.weight": "shared_head.norm.weight",
+        },
+        embedding="embed_tokens.weight",
+        output="shared_head.head.weight",
+        architecture="DeepSeekMTPModel",
+        known_num_layers=61,
+    ),
+)
