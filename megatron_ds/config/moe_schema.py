@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_ds.config.deepspeed_keys import NonNegativeFloat, PositiveFloat, PositiveInt, Probability, Section
+from megatron_ds.config.model_schema import ModelConfig
 
 
 class Router(Section):
@@ -115,6 +116,15 @@ class MoEConfig(Section):
     """Products of the experts: one grouped matrix product, or one after another (the slow reference)."""
 
     def is_moe_layer(self, index: int) -> bool:
-        """Whether decoder layer ``index`` has experts."""
+        """Whether decoder layer ``index`` has experts; see ``has_experts`` for the blocks behind the last one."""
         frequency = self.moe_layer_freq
         return bool(frequency[index]) if isinstance(frequency, tuple) else index % frequency == 0
+
+
+def has_experts(model: ModelConfig, moe: MoEConfig | None, index: int) -> bool:
+    """Whether layer ``index`` has experts: a decoder layer, or an MTP block, which is like the last of them.
+
+    Args:
+        index: of a decoder layer; ``num_layers + k`` is MTP block k.
+    """
+    return moe is not None and moe.is_moe_layer(min(index, model.num_layers - 1))
