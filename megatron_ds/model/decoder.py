@@ -54,7 +54,7 @@ def layer_list(config: ModelConfig, moe: MoEConfig | None = None, groups: "Group
     tied = not config.untie_embeddings_and_output_weights
     embedding = LayerEntry("embedding", Embedding, (config,), tied)
     layers = [LayerEntry(f"layers.{i}", DecoderLayer, (config, i, moe, groups)) for i in range(config.num_layers)]
-    norm = LayerEntry("norm", FinalNorm, (config.hidden_size, config.norm_epsilon))
+    norm = LayerEntry("norm", FinalNorm, (config,))
     output = replace(embedding, name="output") if tied else LayerEntry("output", Output, (config,))
     return [embedding, *layers, norm, output]
 

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megatron_ds.config.model_schema import ModelConfig
+from megatron_ds.parallel.tensor import ALONE, TensorRanks, mark_partial
+
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + epsilon) * weight over the last axis; ``weight`` is [size]."""
@@ -23,6 +26,11 @@ class RMSNorm(nn.Module):
 
 class FinalNorm(RMSNorm):
     """The norm before the output layer, called like every other layer of the model: x_BSD, context -> x_BSD."""
+
+    def __init__(self, config: ModelConfig, tensor: TensorRanks = ALONE):
+        super().__init__(config.hidden_size, config.norm_epsilon)
+        if tensor.splits_sequence:
+            mark_partial(self)
 
     def forward(self, x_BSD: Tensor, context: object) -> Tensor:
         return super().forward(x_BSD)

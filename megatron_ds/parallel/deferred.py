@@ -32,7 +32,10 @@ def deferring() -> Iterator[Queue]:
 def weight_gradients(
     weights: Sequence[Tensor], compute: Callable[[], Sequence[Tensor]]
 ) -> Sequence[Tensor] | tuple[None, ...]:
-    """What a backward pass returns for ``weights``, which are leaves: ``compute()``, or None for each if they wait."""
+    """What a backward pass returns for ``weights``: ``compute()``, or None for each of them if they wait.
+
+    ``weights`` are the leaves that the forward pass got: what ``saved_tensors`` returns may be their aliases.
+    """
     if _queue is None:
         return compute()
     _queue.append(lambda: _accumulate(weights, compute()))

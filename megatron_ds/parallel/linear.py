@@ -3,7 +3,10 @@
 PyTorch hands fp32 products to the BLAS it was built with and only the lower precisions to oneDNN, although oneDNN has
 fp32 kernels too. On an AMD core those are 6 to 20 % faster than the BLAS at the sizes of a decoder layer. They are
 reached through the operator that PyTorch's own compiler emits; where it is missing, and for any other device or dtype,
-everything falls to ``torch.nn.functional.linear``.
+everything falls to ``torch.nn.functional.linear``. Either way the weight gradient may wait (``deferred.py``).
+
+Tensor-parallel ranks cut a weight by its output rows (column-parallel, after the paper's x A) or by its input columns
+(row-parallel). Neither communicates: a block enters and leaves the region once for all of its linear layers.
 """
 
 import torch
@@ -13,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, mm_flop, register_flop_formula
 
 from megatron_ds.parallel.deferred import weight_gradients
+from megatron_ds.parallel.tensor import ALONE, TensorRanks
 
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -33,17 +37,34 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
+class ColumnParallelLinear(Linear):
+    """The outputs of this rank: whole inputs -> its part of the output features."""
+
+    def __init__(self, in_features: int, out_features: int, tensor: TensorRanks = ALONE, parts: int | None = None):
+        """``out_features``: of the whole layer; ``parts``: see ``TensorRanks.shard``."""
+        super().__init__(in_features, out_features // (parts or tensor.size))
+        tensor.shard(self.weight, 0, parts)
+
+
+class RowParallelLinear(Linear):
+    """A term of the sum over the ranks: this rank's part of the input features -> all outputs."""
+
+    def __init__(self, in_features: int, out_features: int, tensor: TensorRanks = ALONE):
+        """``in_features``: of the whole layer."""
+        super().__init__(in_features // tensor.size, out_features)
+        tensor.shard(self.weight, 1)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] and weight [out, in] -> x weight^T [..., out]."""
-    if ONEDNN_LINEAR is not None and x.is_cpu and x.dtype == weight.dtype == torch.float32:
-        return _OneDnnLinear.apply(x, weight)
-    return F.linear(x, weight)
+    return _Linear.apply(x, weight)
 
 
-class _OneDnnLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.weight = weight  # what was saved comes back as an alias under activation recompute, without its ``.grad``
         return _product(x, weight)
 
     @staticmethod
@@ -53,9 +74,11 @@ class _OneDnnLinear(torch.autograd.Function):
         grad_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_x, None
-        (grad_weight,) = weight_gradients([weight], lambda: [grad.flatten(0, -2).t() @ x.flatten(0, -2)])
+        (grad_weight,) = weight_gradients([ctx.weight], lambda: [grad.flatten(0, -2).t() @ x.flatten(0, -2)])
         return grad_x, grad_weight
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    return ONEDNN_LINEAR(x.contiguous(), weight, None, "none", [], "")
+    if ONEDNN_LINEAR is not None and x.is_cpu and x.dtype == weight.dtype == torch.float32:
+        return ONEDNN_LINEAR(x.contiguous(), weight, None, "none", [], "")
+    return F.linear(x, weight)

@@ -7,6 +7,10 @@ generator is seeded right there. No generator state has to travel, be saved or b
 import hashlib
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ds.parallel.tensor import TensorRanks
 
 
 def derive_seed(*identity: int | str) -> int:
@@ -32,6 +36,18 @@ def seed_default_generator(device: torch.device, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
     else:
         torch.get_device_module(device).manual_seed(seed)
+
+
+def dropout(x_BSD: Tensor, probability: float, tensor: TensorRanks) -> Tensor:
+    """Dropout between tensor-parallel regions, from the device's default generator, which all ranks seeded equally.
+
+    A rank that has a stretch of the sequence takes that stretch of the mask which one process would draw.
+    """
+    if not tensor.splits_sequence:
+        return F.dropout(x_BSD, probability)
+    batch, stretch, width = x_BSD.shape
+    mask_BSD = F.dropout(x_BSD.new_ones(batch, tensor.size * stretch, width), probability)
+    return x_BSD * tensor.stretch(mask_BSD)
 
 
 def generator_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -6,9 +6,11 @@ parallelism, each rank has its own stretch of the sequence (arXiv 1909.08053, 22
 the adjoint: the gradient of what all ranks read is the sum over the ranks.
 
 A parameter that every rank holds whole has a gradient that is whole, too, unless the ranks used it for different tokens
-or different heads: then it is tagged as ``partial``, and the engine sums it over the ranks after the backward passes.
+or different heads: then it is tagged as ``partial``. So is, without a tag, that of a part which several ranks hold
+(``Shard.copies``). ``sum_gradients`` makes up for both after the backward passes.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megatron_ds.parallel.shard import Shard, shards_of
+
 SEQUENCE = 1
 """Dimension of the sequence in x_BSD."""
+
+BUCKET_ELEMENTS = 2**25
+"""Gradients that ``sum_gradients`` sends in one message."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,28 @@ class TensorRanks:
     size: int = 1
     group: dist.ProcessGroup | None = None
     sequence_parallel: bool = False
+
+    @property
+    def splits_sequence(self) -> bool:
+        """Whether each rank has only its part of the sequence between regions."""
+        return self.size > 1 and self.sequence_parallel
+
+    def share(self, whole: int) -> int:
+        """Size of this rank's part of ``whole`` rows, columns or heads; one, which neighbours share, if too few."""
+        assert whole % self.size == 0 or self.size % whole == 0, f"{whole} among {self.size} ranks"
+        return max(whole // self.size, 1)
+
+    def shard(self, parameter: nn.Parameter, dim: int, parts: int | None = None) -> nn.Parameter:
+        """Tag a parameter that holds this rank's part along ``dim``; returns it.
+
+        Args:
+            parts: how many different ones there are, by default one per rank; of fewer, neighbours hold the same.
+        """
+        if self.size > 1:
+            parts = parts or self.size
+            copies = self.size // parts
+            Shard("tensor", dim, self.index // copies, parts, copies).attach(parameter)
+        return parameter
 
     def enter(self, x: Tensor) -> Tensor:
         """Into a region: x_BSD whole on every rank, from x_BSD, or from each rank's part under sequence parallelism."""
@@ -53,10 +82,53 @@ class TensorRanks:
         """Sum over the ranks, for use by all in the same way: the gradient passes through."""
         return x if self.size == 1 else _Sum.apply(x, self)
 
-    @property
-    def splits_sequence(self) -> bool:
-        """Whether each rank has only its part of the sequence between regions."""
-        return self.size > 1 and self.sequence_parallel
+    def stretch(self, x: Tensor) -> Tensor:
+        """View of this rank's part of a whole sequence; no gradient is gathered."""
+        size = x.shape[SEQUENCE] // self.size
+        return x.narrow(SEQUENCE, self.index * size, size)
+
+    def stack(self, x: Tensor) -> Tensor:
+        """Every rank's x, [size, *x.shape]; no gradient."""
+        stacked = x.new_empty(self.size, *x.shape)
+        dist.all_gather_single(stacked.view(-1), x.contiguous().view(-1), group=self.group)
+        return stacked
+
+    @torch.no_grad()
+    def sum_gradients(self, pairs: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+        """Complete, in place, the gradients of parameters for which ``needs_sum`` holds; others are left alone.
+
+        Collective over the group.
+
+        Args:
+            pairs: parameters and their gradients; the same parameters in the same order on every rank.
+        """
+        if self.size == 1:
+            return
+        bucket, waiting = [], 0
+        for parameter, gradient in pairs:
+            if not needs_sum(parameter):
+                continue
+            if bucket and (waiting >= BUCKET_ELEMENTS or gradient.dtype != bucket[0][1].dtype):
+                self._sum_bucket(bucket)
+                bucket, waiting = [], 0
+            bucket.append((parameter, gradient))
+            waiting += gradient.numel()
+        if bucket:
+            self._sum_bucket(bucket)
+
+    def _sum_bucket(self, pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
+        """One message: of a part that neighbours hold, all the different ones, of which this rank fills its own."""
+        parts = [_part(parameter) for parameter, _ in pairs]
+        gradients = [gradient for _, gradient in pairs]
+        sizes = [count * gradient.numel() for (_, count), gradient in zip(parts, gradients)]
+        flat = gradients[0].new_zeros(sum(sizes))
+        views = [
+            whole.view(count, -1)[index].view_as(gradient)
+            for whole, (index, count), gradient in zip(flat.split(sizes), parts, gradients)
+        ]
+        torch._foreach_copy_(views, gradients)
+        dist.all_reduce(flat, group=self.group)
+        torch._foreach_copy_(gradients, views)
 
 
 ALONE = TensorRanks()
@@ -70,32 +142,43 @@ def mark_partial(module: nn.Module) -> nn.Module:
 
 
 def is_partial(parameter: Tensor) -> bool:
-    """Whether the gradient has to be summed over the tensor-parallel ranks."""
+    """Whether the gradient is the sum of those of all ranks."""
     return getattr(parameter, "partial", False)
 
 
+def needs_sum(parameter: Tensor) -> bool:
+    """Whether a rank's gradient is not complete: it is partial, or neighbours hold the same part of the weight."""
+    return is_partial(parameter) or any(shard.copies > 1 for shard in _tensor_shards(parameter))
+
+
+def _part(parameter: Tensor) -> tuple[int, int]:
+    """Which of how many different parts of a weight this is."""
+    shards = _tensor_shards(parameter)
+    assert not (shards and is_partial(parameter)), "what is partial is whole on every rank"
+    return (shards[0].index, shards[0].count) if shards else (0, 1)
+
+
+def _tensor_shards(parameter: Tensor) -> list[Shard]:
+    return [shard for shard in shards_of(parameter) if shard.axis == "tensor"]
+
+
 def _all_reduce(x: Tensor, ranks: TensorRanks) -> Tensor:
+    # A copy, since autograd and the caller may hold x for other uses.
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=ranks.group)
     return total
 
 
 def _gather(x: Tensor, ranks: TensorRanks) -> Tensor:
-    """The ranks' parts, one behind the other along the sequence."""
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks.size)]
-    dist.all_gather(parts, x.contiguous(), group=ranks.group)
-    return torch.cat(parts, SEQUENCE)
-
-
-def _part(x: Tensor, ranks: TensorRanks) -> Tensor:
-    return x.chunk(ranks.size, SEQUENCE)[ranks.index].contiguous()
+    """The ranks' parts, one behind the other along the sequence; a single sample is not copied again."""
+    return ranks.stack(x).movedim(0, SEQUENCE).flatten(SEQUENCE, SEQUENCE + 1)
 
 
 def _reduce_scatter(x: Tensor, ranks: TensorRanks) -> Tensor:
-    """This rank's part of the sum over the ranks."""
-    parts = torch.stack(x.chunk(ranks.size, SEQUENCE))
+    """This rank's part of the sum over the ranks; a single sample is not copied before."""
+    parts = x.unflatten(SEQUENCE, (ranks.size, -1)).movedim(SEQUENCE, 0).contiguous()
     mine = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(mine, parts, group=ranks.group)
+    dist.reduce_scatter_single(mine.view(-1), parts.view(-1), group=ranks.group)
     return mine
 
 
@@ -150,7 +233,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, ranks: TensorRanks) -> Tensor:
         ctx.ranks = ranks
-        return _part(x, ranks)
+        return ranks.stretch(x).contiguous()
 
     @staticmethod
     @once_differentiable
@@ -167,4 +250,4 @@ class _Join(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _part(grad, ctx.ranks), None
+        return ctx.ranks.stretch(grad).contiguous(), None
