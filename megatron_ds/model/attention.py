@@ -15,27 +15,30 @@ from megatron_ds.model.context import Context
 from megatron_ds.model.norm import RMSNorm
 from megatron_ds.model.rotary import rotate
 from megatron_ds.model.tiled_attention import Dropout, tiled_attention
-from megatron_ds.parallel.linear import Linear
-from megatron_ds.parallel.random import derive_seed
+from megatron_ds.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_ds.parallel.random import derive_seed, seed_default_generator
+from megatron_ds.parallel.tensor import ALONE, TensorRanks, mark_partial
 
 
 class SelfAttention(nn.Module):
-    """x_BSD -> x_BSD; subclasses say what the core is."""
+    """x_BSD -> x_BSD; subclasses say what the core is. H and G are this rank's heads."""
 
-    def __init__(self, config: ModelConfig, index: int):
+    def __init__(self, config: ModelConfig, index: int, tensor: TensorRanks = ALONE):
         super().__init__()
-        self.config, self.index = config, index
+        self.config, self.index, self.tensor = config, index, tensor
+        width = config.hidden_size
         query_size, key_size = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_kv_heads))
-        self.query = Linear(config.hidden_size, query_size)
-        self.key = Linear(config.hidden_size, key_size)
-        self.value = Linear(config.hidden_size, key_size)
-        self.output = Linear(query_size, config.hidden_size)
+        key_parts = min(config.num_kv_heads, tensor.size)
+        self.query = ColumnParallelLinear(width, query_size, tensor)
+        self.key = ColumnParallelLinear(width, key_size, tensor, key_parts)
+        self.value = ColumnParallelLinear(width, key_size, tensor, key_parts)
+        self.output = RowParallelLinear(query_size, width, tensor)
         if config.qk_layernorm:
-            self.query_norm = RMSNorm(config.head_dim, config.norm_epsilon)
-            self.key_norm = RMSNorm(config.head_dim, config.norm_epsilon)
+            self.query_norm = mark_partial(RMSNorm(config.head_dim, config.norm_epsilon))
+            self.key_norm = mark_partial(RMSNorm(config.head_dim, config.norm_epsilon))
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
-        heads = (-1, self.config.head_dim)
+        x_BSD, heads = self.tensor.enter(x_BSD), (-1, self.config.head_dim)
         q_BSHK, k_BSGK = self.query(x_BSD).unflatten(-1, heads), self.key(x_BSD).unflatten(-1, heads)
         v_BGSK = self.value(x_BSD).unflatten(-1, heads).transpose(1, 2)
         if self.config.qk_layernorm:
@@ -47,18 +50,22 @@ class SelfAttention(nn.Module):
             out_BHSK = checkpoint(self.core, *core, use_reentrant=False)
         else:
             out_BHSK = self.core(*core)
-        return self.output(out_BHSK.transpose(1, 2).flatten(2))
+        return self.tensor.leave(self.output(out_BHSK.transpose(1, 2).flatten(2)))
 
     def core(self, q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, x_BSD: Tensor, context: Context) -> Tensor:
-        """out_BHSK from rotated queries and keys, values, and the layer's normalised input."""
+        """out_BHSK from rotated queries and keys, values, and the layer's normalised input, whole."""
         raise NotImplementedError
 
     def dropout(self, context: Context, use: str = "attention") -> Dropout | None:
-        """Dropout on the probabilities, when training; ``use`` tells several in one layer apart."""
+        """Dropout on the probabilities, when training; ``use`` tells several in one layer apart.
+
+        Ranks with other heads draw other masks, which are not those of one process.
+        """
         if not self.training or self.config.attention_dropout == 0:
             return None
         assert context.dropout_seed is not None, "training with dropout needs a dropout_seed"
-        return Dropout(self.config.attention_dropout, derive_seed(context.dropout_seed, self.index, use))
+        rank = (self.tensor.index,) if self.tensor.size > 1 else ()
+        return Dropout(self.config.attention_dropout, derive_seed(context.dropout_seed, self.index, use, *rank))
 
 
 class GlobalAttention(SelfAttention):
@@ -82,9 +89,11 @@ class PatternAttention(SelfAttention):
 class GatedAttention(SelfAttention):
     """softmax(score + [d > window] log g) v, where g = sigmoid(far_gate(x)) is learned per token and head."""
 
-    def __init__(self, config: ModelConfig, index: int):
-        super().__init__(config, index)
-        self.far_gate = nn.Linear(config.hidden_size, config.num_attention_heads)
+    def __init__(self, config: ModelConfig, index: int, tensor: TensorRanks = ALONE):
+        super().__init__(config, index, tensor)
+        self.far_gate = nn.Linear(config.hidden_size, tensor.share(config.num_attention_heads))
+        for parameter in self.far_gate.parameters():
+            tensor.shard(parameter, 0)
 
     def core(self, q_BHSK, k_BGSK, v_BGSK, x_BSD, context):
         gate_BHS = self.far_gate(x_BSD).float().transpose(1, 2)
@@ -112,21 +121,39 @@ class GatedAttention(SelfAttention):
         return torch.lerp(local_BHSK, full_BHSK, full_share_BHS.unsqueeze(-1).to(q_BHSK.dtype))
 
 
-def full_attention(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, packing: Packing, dropout: Dropout | None) -> Tensor:
-    """Causal attention within documents: the library's fused kernels on an accelerator, the tiled one on a CPU."""
+def full_attention(
+    q_BHSK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    packing: Packing,
+    dropout: Dropout | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention within documents: the library's fused kernels on an accelerator, the tiled one on a CPU.
+
+    Shapes, ``dropout`` and ``scale`` are those of ``tiled_attention``.
+    """
     if q_BHSK.is_cpu:
-        return tiled_attention(q_BHSK, k_BGSK, v_BGSK, packing, dropout=dropout)[0]
-    return fused_attention(q_BHSK, k_BGSK, v_BGSK, packing, dropout)
+        return tiled_attention(q_BHSK, k_BGSK, v_BGSK, packing, scale=scale, dropout=dropout)[0]
+    return fused_attention(q_BHSK, k_BGSK, v_BGSK, packing, dropout, scale)
 
 
 def fused_attention(
-    q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, packing: Packing, dropout: Dropout | None
+    q_BHSK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    packing: Packing,
+    dropout: Dropout | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """Causal attention within documents by PyTorch's kernel; its dropout draws from the device's default generator."""
+    """``full_attention`` by PyTorch's kernel, whose dropout draws from the device's default generator."""
+    if dropout:
+        seed_default_generator(q_BHSK.device, dropout.seed)
     return F.scaled_dot_product_attention(
         q_BHSK, k_BGSK, v_BGSK,
         attn_mask=None if packing.is_single else packing.visible_B1SS, is_causal=packing.is_single,
         dropout_p=dropout.probability if dropout else 0.0, enable_gqa=q_BHSK.shape[1] != k_BGSK.shape[1],
+        scale=scale,
     )  # fmt: skip
 
 

@@ -10,21 +10,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron_ds.model.context import Context
-from megatron_ds.parallel.linear import Linear
+from megatron_ds.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_ds.parallel.tensor import ALONE, TensorRanks
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward block: x_BSD -> x_BSD."""
+    """SwiGLU feed-forward block: x_BSD -> x_BSD. F is this rank's part of the width."""
 
-    def __init__(self, hidden_size: int, ffn_size: int):
+    def __init__(self, hidden_size: int, ffn_size: int, tensor: TensorRanks = ALONE):
         super().__init__()
-        self.gate = Linear(hidden_size, ffn_size)
-        self.up = Linear(hidden_size, ffn_size)
-        self.down = Linear(ffn_size, hidden_size)
+        self.tensor = tensor
+        self.gate = ColumnParallelLinear(hidden_size, ffn_size, tensor)
+        self.up = ColumnParallelLinear(hidden_size, ffn_size, tensor)
+        self.down = RowParallelLinear(ffn_size, hidden_size, tensor)
 
     def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor:
         """The context is what other feed-forward blocks need; here it is not looked at."""
-        return self.down(_SwiGLU.apply(self.gate(x_BSD), self.up(x_BSD)))
+        x_BSD = self.tensor.enter(x_BSD)
+        return self.tensor.leave(self.down(_SwiGLU.apply(self.gate(x_BSD), self.up(x_BSD))))
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -38,37 +38,41 @@ def tiled_attention(
     window: int | None = None,
     log_gate_BHS: Tensor | None = None,
     gate_window: int | None = None,
+    scale: float | None = None,
     dropout: Dropout | None = None,
     with_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """softmax(q k^T / sqrt(K) + bias) v over the visible keys.
+    """softmax(scale q k^T + bias) v over the visible keys.
 
     Args:
         q_BHSK, k_BGSK, v_BGSK: queries, keys and values; each of the G key heads serves H / G query heads in turn.
+            Values may have another width than queries and keys.
         packing: the documents of the samples.
         window: largest visible distance, None for all of the document.
         log_gate_BHS: fp32, added to the scores of keys at a distance above ``gate_window``.
+        scale: factor on the scores, by default 1 / sqrt(K).
         dropout: dropout on the probabilities, or None.
         with_lse: also return the log-sum-exp of the scores; it carries a gradient.
 
     Returns:
-        out_BHSK in the dtype of q (a transposed view of out_BSHK, which the output projection reads without a copy)
-        and, if asked for, lse_BHS in fp32.
+        out_BHSK in the dtype of q and the width of v (a transposed view of out_BSHK, which the output projection reads
+        without a copy) and, if asked for, lse_BHS in fp32.
     """
     tiles = packing.tiles(window, gate_window)
-    return _TiledAttention.apply(q_BHSK, k_BGSK, v_BGSK, log_gate_BHS, tiles, dropout, with_lse)
+    scale = q_BHSK.shape[-1] ** -0.5 if scale is None else scale
+    return _TiledAttention.apply(q_BHSK, k_BGSK, v_BGSK, log_gate_BHS, tiles, scale, dropout, with_lse)
 
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS, tiles, dropout, with_lse):
+    def forward(ctx, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS, tiles, scale, dropout, with_lse):
         ctx.save_for_backward(q_BHSK, k_BGSK, v_BGSK, log_gate_BHS)
-        ctx.tiles, ctx.dropout = tiles, dropout
-        batch, heads, length, width = q_BHSK.shape
-        out_BHSK = q_BHSK.new_empty(batch, length, heads, width).transpose(1, 2)
+        ctx.tiles, ctx.scale, ctx.dropout = tiles, scale, dropout
+        batch, heads, length, _ = q_BHSK.shape
+        out_BHSK = q_BHSK.new_empty(batch, length, heads, v_BGSK.shape[-1]).transpose(1, 2)
         lse_BHS = q_BHSK.new_empty(batch, heads, length, dtype=torch.float32) if with_lse else None
         keep_masks = _keep_masks(dropout, q_BHSK.device)
-        for part in _parts(tiles, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS):
+        for part in _parts(tiles, scale, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS):
             for tile in part.tiles:
                 score_NML = part.scores(tile, part.queries(tile))
                 highest_NM = score_NML.amax(-1) if with_lse else None
@@ -85,10 +89,10 @@ class _TiledAttention(torch.autograd.Function):
     def backward(ctx, grad_out_BHSK, grad_lse_BHS):
         q_BHSK, k_BGSK, v_BGSK, log_gate_BHS = ctx.saved_tensors
         grad_q_BHSK = torch.empty_like(q_BHSK)
-        grad_k_BGSK, grad_v_BGSK = torch.zeros((2, *k_BGSK.shape), dtype=torch.float32, device=k_BGSK.device)
+        grad_k_BGSK, grad_v_BGSK = (torch.zeros_like(x, dtype=torch.float32) for x in (k_BGSK, v_BGSK))
         grad_gate_BHS = None if log_gate_BHS is None else torch.zeros_like(log_gate_BHS)
         keep_masks = _keep_masks(ctx.dropout, q_BHSK.device)
-        for part in _parts(ctx.tiles, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS):
+        for part in _parts(ctx.tiles, ctx.scale, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS):
             for tile in part.tiles:
                 q_NMK, grad_NMK = part.queries(tile), part.take(grad_out_BHSK, tile).float()
                 score_NML = part.scores(tile, q_NMK)
@@ -111,7 +115,8 @@ class _TiledAttention(torch.autograd.Function):
                 part.add(grad_k_BGSK, tile, grad_score_NML, q_NMK)
                 grad_q_NMK = torch.bmm(grad_score_NML, part.k_NSK[:, tile.keys]).mul_(part.scale)
                 part.put(grad_q_BHSK, tile, grad_q_NMK)
-        return grad_q_BHSK, grad_k_BGSK.to(k_BGSK.dtype), grad_v_BGSK.to(v_BGSK.dtype), grad_gate_BHS, None, None, None
+        grad_k_BGSK, grad_v_BGSK = grad_k_BGSK.to(k_BGSK.dtype), grad_v_BGSK.to(v_BGSK.dtype)
+        return grad_q_BHSK, grad_k_BGSK, grad_v_BGSK, grad_gate_BHS, None, None, None, None
 
 
 class _Part:
@@ -120,10 +125,10 @@ class _Part:
     Shape letters: N rows x key heads, R query heads per key head, Q queries and L keys of a tile, M = R * Q.
     """
 
-    def __init__(self, rows: slice, groups: slice, tiles: list[Tile], q_BHSK, k_BGSK, v_BGSK, log_gate_BHS):
+    def __init__(self, rows: slice, groups: slice, tiles: list[Tile], scale, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS):
         self.rows, self.groups, self.tiles = rows, groups, tiles
         self.q_BHSK, self.log_gate_BHS = q_BHSK, log_gate_BHS
-        self.scale, self.repeats = q_BHSK.shape[-1] ** -0.5, q_BHSK.shape[1] // k_BGSK.shape[1]
+        self.scale, self.repeats = scale, q_BHSK.shape[1] // k_BGSK.shape[1]
         self.k_NSK, self.v_NSK = (x[rows, groups].flatten(0, 1).float().contiguous() for x in (k_BGSK, v_BGSK))
         self.num_heads = self.k_NSK.shape[0]
         self._scratch = self.k_NSK.new_empty(2, self.num_heads * self.repeats * _largest(tiles))
@@ -171,14 +176,15 @@ class _Part:
         return (score_NML.unflatten(1, (self.repeats, -1))[..., : tile.far.shape[-1]] * tile.far).sum(-1)
 
 
-def _parts(tiles, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS) -> Iterator[_Part]:
+def _parts(tiles, scale, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS) -> Iterator[_Part]:
     """Cut the batch into parts whose scores of a tile stay in a core's cache."""
     num_groups, repeats = k_BGSK.shape[1], q_BHSK.shape[1] // k_BGSK.shape[1]
     for rows, row_tiles in tiles:
         num_rows = len(range(*rows.indices(len(q_BHSK))))
         num_together = max(1, CACHED_SCORES // (num_rows * repeats * _largest(row_tiles)))
         for first in range(0, num_groups, num_together):
-            yield _Part(rows, slice(first, first + num_together), row_tiles, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS)
+            groups = slice(first, first + num_together)
+            yield _Part(rows, groups, row_tiles, scale, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS)
 
 
 def _largest(tiles: list[Tile]) -> int:
