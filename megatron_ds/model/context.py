@@ -34,6 +34,8 @@ class Context:
     """Factor on the gradient of auxiliary losses, which enter the graph where they arise."""
     recompute_attention: bool = False
     """Run the core attention again in the backward pass instead of keeping what it computed."""
+    next_token_BS: Tensor | None = None
+    """int64: the token that follows each input, for multi-token prediction; None: the model predicts one token."""
 
     @classmethod
     def build(
@@ -46,6 +48,7 @@ class Context:
         dropout_seed: int | None = None,
         micro_batch: int = 0,
         auxiliary_scale: float = 1.0,
+        next_token_BS: Tensor | None = None,
     ) -> "Context":
         """The context of one micro-batch.
 
@@ -57,6 +60,7 @@ class Context:
             dropout_seed: needed when training with dropout, see ``parallel.random.micro_batch_seed``.
             micro_batch: number of this micro-batch within the step.
             auxiliary_scale: loss scale over the number of micro-batches, see ``model.moe.balance.attach_loss``.
+            next_token_BS: int64, the token that follows each input; given in training with multi-token prediction.
         """
         window = None if step is None else window_at(config.attention, step)
         return cls(
@@ -66,6 +70,7 @@ class Context:
             dropout_seed=dropout_seed,
             micro_batch=micro_batch,
             auxiliary_scale=auxiliary_scale,
+            next_token_BS=next_token_BS,
         )
 
 

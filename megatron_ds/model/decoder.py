@@ -1,4 +1,4 @@
-"""The decoder as a flat list of layers: embedding, decoder layers, final norm, output.
+"""The decoder as a flat list of layers: embedding, decoder layers, final norm, blocks of further prediction, output.
 
 Every layer is called as ``layer(x, context)``, so a pipeline stage is a slice of the list and the whole model is the
 list itself. ``layer_list`` describes the layers without building them; ``Decoder`` builds all of them in one process,
@@ -19,8 +19,10 @@ from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.model.context import Context
 from megatron_ds.model.layer import DecoderLayer
+from megatron_ds.model.mtp import MultiTokenPrediction, next_tokens
 from megatron_ds.model.norm import FinalNorm
 from megatron_ds.model.vocabulary import Embedding, Output, tied_output
+from megatron_ds.parallel.tensor import ALONE
 
 if TYPE_CHECKING:  # importing it starts DeepSpeed, which an export does not need
     from megatron_ds.parallel.groups import Groups
@@ -31,12 +33,14 @@ class LayerEntry:
     """One layer of the model, not yet built."""
 
     name: str
-    """Prefix of its parameters' logical names; "output" for the last, tied or not."""
+    """Prefix of its parameters' logical names; that of a late use of the embedding prefixes none."""
     kind: type[nn.Module]
     arguments: tuple
-    """What ``kind`` is built from. A tied output names the embedding: the one that the first layer builds."""
+    """What ``kind`` is built from; that of a late use names the embedding, the one that the first layer builds."""
     tied: bool = False
-    """Whether the module serves both ends: the first layer as it is, the last through ``tied_output``."""
+    """Whether the module is an embedding that layers at the end of the model use, too."""
+    call: Callable[[Any, Tensor, Context], Tensor] | None = None
+    """How such a layer uses it: ``call(embedding, x, context)``; None: the layer is the module itself."""
 
     def build(self) -> nn.Module:
         """A new module, filled by ``init.initialize``."""
@@ -44,19 +48,31 @@ class LayerEntry:
 
 
 def layer_list(config: ModelConfig, moe: MoEConfig | None = None, groups: "Groups | None" = None) -> list[LayerEntry]:
-    """The layers in order: embedding, decoder layers, norm, output.
+    """The layers in order: embedding, decoder layers, norm, with MTP next tokens and its blocks, output.
 
     Args:
         config: the decoder.
         moe: its experts; None for a dense model.
-        groups: ranks that share the experts; None builds all of them here.
+        groups: ranks that share the layers and the experts; None builds all of them here.
     """
-    tied = not config.untie_embeddings_and_output_weights
-    embedding = LayerEntry("embedding", Embedding, (config,), tied)
-    layers = [LayerEntry(f"layers.{i}", DecoderLayer, (config, i, moe, groups)) for i in range(config.num_layers)]
-    norm = LayerEntry("norm", FinalNorm, (config,))
-    output = replace(embedding, name="output") if tied else LayerEntry("output", Output, (config,))
-    return [embedding, *layers, norm, output]
+    tensor = groups.tensor if groups else ALONE
+    tied_end = not config.untie_embeddings_and_output_weights
+    embedding = LayerEntry("embedding", Embedding, (config, tensor), tied=tied_end or config.mtp_num_layers > 0)
+    entries = [LayerEntry(f"layers.{i}", DecoderLayer, (config, i, moe, groups)) for i in range(config.num_layers)]
+    entries.append(LayerEntry("norm", FinalNorm, (config, tensor)))
+    if config.mtp_num_layers:
+        call = partial(next_tokens, depths=config.mtp_num_layers)
+        entries.append(replace(embedding, name="next_tokens", call=call))
+        entries.append(LayerEntry("mtp", MultiTokenPrediction, (config, moe, groups)))
+    if tied_end:
+        entries.append(replace(embedding, name="output", call=tied_output))
+    else:
+        entries.append(LayerEntry("output", Output, (config, tensor)))
+    return [embedding, *entries]
+
+
+RECOMPUTED = (DecoderLayer, MultiTokenPrediction)
+"""Layers that full recompute runs again."""
 
 
 def run(layers: Sequence[Callable], x: Tensor, context: Context, recompute: str | None = None) -> Tensor:
@@ -66,13 +82,13 @@ def run(layers: Sequence[Callable], x: Tensor, context: Context, recompute: str 
         layers: the whole model or a pipeline stage, each called as layer(x, context).
         x: token_BS for a list that starts with the embedding, else x_BSD.
         context: what the layers share.
-        recompute: "full" keeps only the inputs of decoder layers, "selective" only those of their core attention;
-            the rest is computed again in the backward pass, dropout masks included.
+        recompute: "full" keeps only the inputs of decoder layers (and of the MTP blocks together), "selective" only
+            those of their core attention; the rest is computed again in the backward pass, dropout masks included.
     """
     if recompute == "selective":
         context = replace(context, recompute_attention=True)
     for layer in layers:
-        if recompute == "full" and isinstance(layer, DecoderLayer) and torch.is_grad_enabled():
+        if recompute == "full" and isinstance(layer, RECOMPUTED) and torch.is_grad_enabled():
             x = checkpoint(layer, x, context, use_reentrant=False, preserve_rng_state=False)
         else:
             x = layer(x, context)
@@ -96,10 +112,17 @@ class Decoder(nn.Module):
         """
         super().__init__()
         self.config, self.moe, self.recompute = config, moe, recompute
-        *entries, output = layer_list(config, moe, groups)
-        self.embedding, *layers, self.norm = (entry.build() for entry in entries)
-        self.layers = nn.ModuleList(layers)
-        self.output = None if output.tied else output.build()
+        self.entries = layer_list(config, moe, groups)
+        self.embedding, self.layers = self.entries[0].build(), nn.ModuleList()
+        for entry in self.entries[1:]:
+            if entry.call is None:
+                parent, _, name = entry.name.rpartition(".")
+                self.get_submodule(parent).add_module(name, entry.build())
+
+    @property
+    def has_late_uses(self) -> bool:
+        """Whether layers at the end of the model use the embedding, too."""
+        return self.entries[0].tied
 
     def forward(
         self,
@@ -108,14 +131,18 @@ class Decoder(nn.Module):
         position_BS: Tensor | None = None,
         **progress: Any,
     ) -> Tensor:
-        """logits_BSV over the padded vocabulary; by default every row is one document.
+        """logits_BSV over (this tensor rank's part of) the padded vocabulary; by default every row is one document.
 
-        ``progress``: step, dropout_seed and the like, see ``Context.build``.
+        ``progress``: step, dropout_seed and the like, see ``Context.build``. With ``next_token_BS`` a model with MTP
+        returns [(1 + depths) * B, S, V]: below the main model's rows those of its blocks, see ``mtp.py``.
         """
         if document_BS is None:
             document_BS = torch.zeros_like(token_BS)
         if position_BS is None:
             position_BS = torch.arange(token_BS.shape[1], device=token_BS.device).expand_as(token_BS)
         context = Context.build(self.config, document_BS, position_BS, **progress)
-        output = partial(tied_output, self.embedding) if self.output is None else self.output
-        return run([self.embedding, *self.layers, self.norm, output], token_BS, context, self.recompute)
+        layers = [
+            self.get_submodule(entry.name) if entry.call is None else partial(entry.call, self.embedding)
+            for entry in self.entries
+        ]
+        return run(layers, token_BS, context, self.recompute)
