@@ -61,4 +61,9 @@ class Output(ColumnParallelLinear):
 
 def tied_output(embedding: Embedding, x_BSD: Tensor, context: Context) -> Tensor:
     """x_BSD -> logits_BSV over this rank's part of the padded vocabulary, with the embedding's weight."""
-    return linear(embedding.tensor.enter(x_BSD), embedding.weight_of_late_uses)
+    weight_VD = embedding.weight_of_late_uses
+    if context.next_token_BS is not None:
+        # Its other late use (``mtp.next_tokens``) cannot wait: as a view, neither can this one's weight gradient. So
+        # both are added in one order, and to the same bits, whatever the schedule.
+        weight_VD = weight_VD.view_as(weight_VD)
+    return linear(embedding.tensor.enter(x_BSD), weight_VD)

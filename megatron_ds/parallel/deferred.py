@@ -34,9 +34,10 @@ def weight_gradients(
 ) -> Sequence[Tensor] | tuple[None, ...]:
     """What a backward pass returns for ``weights``: ``compute()``, or None for each of them if they wait.
 
-    ``weights`` are the leaves that the forward pass got: what ``saved_tensors`` returns may be their aliases.
+    ``weights`` are the leaves that the forward pass got: what ``saved_tensors`` returns may be their aliases. Without a
+    ``.grad`` of its own, a weight that is no leaf cannot wait.
     """
-    if _queue is None:
+    if _queue is None or not all(weight.is_leaf for weight in weights):
         return compute()
     _queue.append(lambda: _accumulate(weights, compute()))
     return (None,) * len(weights)
