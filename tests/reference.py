@@ -54,16 +54,30 @@ def rotary(x_BSHK, position_BS, base):
 
 def decoder(weights, config, token_BS, document_BS, position_BS):
     """logits_BSV in the dtype of the weights, a dict of logical names; default rotary embedding, no dropout."""
+    x = main_model(weights, config, token_BS, document_BS, position_BS)
+    return x @ weights.get("output.weight", weights["embedding.weight"]).T
+
+
+def main_model(weights, config, token_BS, document_BS, position_BS):
+    """What the output layer gets."""
     x = weights["embedding.weight"][token_BS]
     for index in range(config.num_layers):
-        layer = {name.split(".", 2)[2]: w for name, w in weights.items() if name.startswith(f"layers.{index}.")}
-        normed = rms_norm(x, layer["attention_norm.weight"], config.norm_epsilon)
-        x = x + self_attention(layer, config, index, normed, document_BS, position_BS)
-        normed = rms_norm(x, layer["mlp_norm.weight"], config.norm_epsilon)
-        gate, up = normed @ layer["mlp.gate.weight"].T, normed @ layer["mlp.up.weight"].T
-        x = x + (gate * torch.sigmoid(gate) * up) @ layer["mlp.down.weight"].T
-    x = rms_norm(x, weights["norm.weight"], config.norm_epsilon)
-    return x @ weights.get("output.weight", weights["embedding.weight"]).T
+        x = decoder_layer(below(weights, f"layers.{index}."), config, index, x, document_BS, position_BS)
+    return rms_norm(x, weights["norm.weight"], config.norm_epsilon)
+
+
+def below(weights, prefix):
+    """The weights whose names begin with ``prefix``, by the rest of the name."""
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+
+def decoder_layer(layer, config, index, x, document_BS, position_BS):
+    """One dense layer, from its own weights."""
+    normed = rms_norm(x, layer["attention_norm.weight"], config.norm_epsilon)
+    x = x + self_attention(layer, config, index, normed, document_BS, position_BS)
+    normed = rms_norm(x, layer["mlp_norm.weight"], config.norm_epsilon)
+    gate, up = normed @ layer["mlp.gate.weight"].T, normed @ layer["mlp.up.weight"].T
+    return x + (gate * torch.sigmoid(gate) * up) @ layer["mlp.down.weight"].T
 
 
 def self_attention(layer, config, index, x_BSD, document_BS, position_BS):
