@@ -1,8 +1,9 @@
 """Initial weights: every parameter from its own generator, seeded by (seed, logical name).
 
 So the values depend on no topology, device or construction order: a pipeline stage that owns some of the layers fills
-them with exactly what a single process would. Experts are drawn one by one, seeded by their global number too, so that
-a rank draws its own and no others. The rules are a table; docs/model.md explains the deviations.
+them with exactly what a single process would, and a rank that owns a part of a weight takes it out of the whole.
+Experts are drawn one by one, seeded by their global number too, so that a rank draws its own and no others. The rules
+are a table; docs/model.md explains the deviations.
 """
 
 import math
@@ -24,7 +25,7 @@ def initialize(named_parameters: Iterable[tuple[str, Tensor]], config: ModelConf
 
     Args:
         named_parameters: logical names ("layers.0.mlp.up.weight") and the tensors, all of the model or some; one that
-            is tagged with a ``Shard`` gets its part of the whole.
+            is tagged with ``Shard``s gets its part of the whole.
         config: the model the names belong to.
         seed: the run's seed.
     """
@@ -58,7 +59,7 @@ def _normal(shape: Shape, config: ModelConfig, generator: torch.Generator) -> Te
 
 
 def _residual(shape: Shape, config: ModelConfig, generator: torch.Generator) -> Tensor:
-    """Scaled down by the number of blocks that add into the residual stream (two per layer)."""
+    """Scaled down by the number of blocks that add into the residual stream: two per layer, not counting MTP's."""
     return _normal(shape, config, generator).div_(math.sqrt(2 * config.num_layers))
 
 
@@ -91,6 +92,11 @@ RULES: dict[str, Callable[..., Tensor]] = {
     "attention.key.weight": _normal,
     "attention.value.weight": _normal,
     "attention.output.weight": _residual,
+    "attention.query_down.weight": _normal,
+    "attention.query_up.weight": _normal,
+    "attention.key_value_down.weight": _normal,
+    "attention.key_value_up.weight": _normal,
+    "attention.key_value_norm.weight": _ones,
     "attention.query_norm.weight": _ones,
     "attention.key_norm.weight": _ones,
     "attention.far_gate.weight": _zeros,
@@ -107,6 +113,9 @@ RULES: dict[str, Callable[..., Tensor]] = {
     "mlp.shared.up.weight": _normal,
     "mlp.shared.down.weight": _residual,
     "mlp_norm.weight": _ones,
+    "embedding_norm.weight": _ones,
+    "hidden_norm.weight": _ones,
+    "projection.weight": _normal,
     "norm.weight": _ones,
     "embedding.weight": _vocabulary,
     "output.weight": _vocabulary,
@@ -114,4 +123,4 @@ RULES: dict[str, Callable[..., Tensor]] = {
 """End of the logical name -> rule; the first match holds."""
 
 STACKED = ("mlp.experts.gate_up", "mlp.experts.down")
-"""Ends of the names of stacks along their first dimension, drawn part by part."""
+"""Ends of the names of stacks along their first dimension: [E, 2, F, D] and [E, D, F], drawn expert by expert."""

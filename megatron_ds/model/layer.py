@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # importing it starts DeepSpeed, which an export does not nee
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): x_BSD -> x_BSD, or this rank's part of the sequence (tensor.py)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): x_BSD -> x_BSD, or this rank's part of the sequence."""
 
     def __init__(self, config: ModelConfig, index: int, moe: MoEConfig | None = None, groups: "Groups | None" = None):
         """``moe`` and ``groups``: see ``decoder.layer_list``."""

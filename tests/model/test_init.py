@@ -42,12 +42,7 @@ def test_documented_table():
         elif "norm" in last:
             assert (weight == 1).all()
         else:
-            residual = last in (
-                "attention.output.weight",
-                "mlp.down.weight",
-                "mlp.experts.down",
-                "mlp.shared.down.weight",
-            )
+            residual = last in RESIDUAL
             drawn = weight[:1000] if name in ("embedding.weight", "output.weight") else weight
             expected = std / math.sqrt(2 * 3) if residual else std / 10 if last == "mlp.router.refine" else std
             assert drawn.std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * drawn.numel()))
@@ -96,11 +91,46 @@ def test_any_cut_of_a_weight_is_a_part_of_the_whole(dim):
         assert torch.equal(torch.cat(parts, dim), whole[name])
 
 
+@pytest.mark.parametrize("name, shape", [("gate_up", (4, 2, 6, 10)), ("down", (4, 10, 6))])
+def test_experts_that_are_cut_twice(name, shape):
+    """Over experts and over their width; in one process gate_up has the values of a stack [E, 2F, D]."""
+    name = f"layers.1.mlp.experts.{name}"
+    whole = torch.empty(shape)
+    initialize([(name, whole)], CONFIG, seed=1)
+    for expert in range(2):
+        for column in range(3):
+            part = torch.nn.Parameter(whole.chunk(2)[expert].chunk(3, 2)[column].clone().zero_())
+            Shard("tensor", 2, column, 3).attach(Shard("expert", 0, expert, 2).attach(part))
+            initialize([(name, part)], CONFIG, seed=1)
+            assert torch.equal(part, whole.chunk(2)[expert].chunk(3, 2)[column])
+    if len(shape) == 4:
+        flat = torch.empty(4, 12, 10)
+        initialize([(name, flat)], CONFIG, seed=1)
+        assert torch.equal(flat, whole.flatten(1, 2))
+
+
+def test_latent_attention_and_mtp_have_rules():
+    latent = [f"attention.{name}.weight" for name in ("query_down", "query_up", "key_value_down", "key_value_up")]
+    for name in [*(f"mtp.0.layer.{name}" for name in latent), "mtp.1.projection.weight"]:
+        drawn = torch.empty(60, 50)
+        initialize([(name, drawn)], CONFIG, seed=1)
+        assert drawn.std().item() == pytest.approx(0.05, rel=4 / math.sqrt(2 * drawn.numel()))
+    norms = ("layer.attention.query_norm", "layer.attention.key_value_norm", "embedding_norm", "hidden_norm", "norm")
+    for name in norms:
+        filled = torch.empty(7)
+        initialize([(f"mtp.0.{name}.weight", filled)], CONFIG, seed=1)
+        assert (filled == 1).all()
+    output = torch.empty(60, 50)
+    initialize([("mtp.0.layer.attention.output.weight", output)], CONFIG, seed=1)
+    expected = 0.05 / math.sqrt(2 * CONFIG.num_layers)  # decoder layers only
+    assert output.std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * output.numel()))
+
+
 def test_an_expert_is_seeded_by_its_number():
     experts_EHD = weights(moe=MOE)["layers.1.mlp.experts.gate_up"]
     assert len({expert_HD.sum().item() for expert_HD in experts_EHD}) == 8
     generator = torch.Generator().manual_seed(derive_seed(1, "layers.1.mlp.experts.gate_up", 5))
-    assert torch.equal(experts_EHD[5], torch.randn(128, 96, generator=generator) * 0.05)
+    assert torch.equal(experts_EHD[5].view(128, 96), torch.randn(128, 96, generator=generator) * 0.05)
 
 
 def test_an_unknown_name_is_our_bug():
