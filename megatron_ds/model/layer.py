@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from megatron_ds.config.model_schema import ModelConfig
-from megatron_ds.config.moe_schema import MoEConfig
+from megatron_ds.config.moe_schema import MoEConfig, has_experts
 from megatron_ds.model.attention import ATTENTION
 from megatron_ds.model.context import Context, seed_dropout
 from megatron_ds.model.mlp import MLP
@@ -48,7 +48,7 @@ class DecoderLayer(nn.Module):
 
 def _feed_forward(config: ModelConfig, index: int, moe: MoEConfig | None, groups: "Groups | None") -> nn.Module:
     """The dense block of a layer, or its experts; distributed ones in the form that DeepSpeed recognises."""
-    if moe is None or not moe.is_moe_layer(index):
+    if not has_experts(config, moe, index):
         return MLP(config.hidden_size, config.ffn_size, groups.tensor if groups else ALONE)
     if groups is None or groups.experts is None:
         return SparseMLP(config, moe, index, groups)
