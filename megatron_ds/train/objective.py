@@ -37,7 +37,8 @@ def predictions(logits_BSV: Tensor, batch: Batch, *, vocab_size: int, tensor: Te
     """
 
     def loss(logits_BSV: Tensor, label_BS: Tensor, counted_BS: Tensor) -> Tensor:
-        return cross_entropy_sum(logits_BSV.flatten(0, 1), label_BS.flatten(), counted_BS.flatten(), vocab_size)
+        rows = logits_BSV.flatten(0, 1), label_BS.flatten(), counted_BS.flatten()
+        return cross_entropy_sum(*rows, vocab_size, tensor)
 
     batch_size = len(batch.token_BS)
     if len(logits_BSV) == batch_size:
