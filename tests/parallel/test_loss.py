@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run_ranks
 
 from megatron_ds.parallel import loss as vocabulary_loss
 from megatron_ds.parallel.loss import cross_entropy_sum
@@ -64,3 +65,51 @@ def test_low_precision_logits_are_summed_in_fp32():
     [gradient] = torch.autograd.grad(3 * loss, logits)
     assert gradient.dtype == torch.bfloat16
     torch.testing.assert_close(gradient.double(), want_gradient, rtol=8e-3, atol=1e-6)
+
+
+def on_own_columns(groups, logits, label, counted, vocab, chunk):
+    vocabulary_loss.CHUNK_ELEMENTS = chunk
+    ranks = groups.tensor
+    mine = logits.chunk(ranks.size, 1)[ranks.index].clone().requires_grad_()
+    loss = cross_entropy_sum(mine, label, counted, vocab, ranks)
+    return loss.detach(), torch.autograd.grad(3 * loss, mine)[0]
+
+
+def on_ranks(size, *arguments, chunk=2**19):
+    """The loss, which is the same on all ranks, and the gradient of all columns."""
+    results = run_ranks(on_own_columns, size, *arguments, chunk, parallel={"tensor_model_parallel_size": size})
+    losses, gradients = zip(*results)
+    assert all(loss.dtype == torch.float32 and torch.equal(loss, losses[0]) for loss in losses)
+    return losses[0], torch.cat(gradients, 1)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("vocab", [48, 41, 36, 13])
+def test_columns_of_many_ranks(size, vocab):
+    """With 36 words four ranks have nothing but padding on the last, with 13 on two."""
+    logits, label, counted = batch(vocab=min(vocab, 36))
+    label = label % vocab
+    wild = label.where(counted, torch.tensor(-100))
+    want, want_gradient = expected(logits, label, counted, vocab)
+    for chunk in (1, 7 * 48, 2**19):
+        loss, gradient = on_ranks(size, logits.detach(), wild, counted, vocab, chunk=chunk)
+        torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient.double(), want_gradient, rtol=1e-5, atol=1e-6)
+        assert not gradient[:, vocab:].any() and not gradient[~counted].any()
+
+
+def test_columns_of_many_ranks_in_low_precision():
+    logits, label, counted = batch(dtype=torch.bfloat16)
+    loss, gradient = on_ranks(2, logits.detach(), label, counted, 41)
+    want, want_gradient = expected(logits, label, counted, 41)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(gradient.double(), want_gradient, rtol=8e-3, atol=1e-6)
+
+
+def test_large_logits_on_many_ranks():
+    logits = torch.tensor([[1e4, 0.0, -1e4, 0.0]])
+    loss, gradient = on_ranks(2, logits, torch.tensor([2]), torch.tensor([True]), 3)
+    assert loss.item() == 2e4 and torch.equal(gradient, torch.tensor([[3.0, 0.0, -3.0, 0.0]]))
+    loss, gradient = on_ranks(2, logits, torch.tensor([2]), torch.tensor([False]), 3)
+    assert loss.item() == 0 and not gradient.any()
