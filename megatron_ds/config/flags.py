@@ -17,7 +17,7 @@ from megatron_ds.config.blend import SET_NAME
 from megatron_ds.config.megatron_flags import ALIASES, ALWAYS, IMPLIED, REFUSED_FLAGS, SHORTHANDS, VALUES
 from megatron_ds.config.problems import Findings, Problem
 from megatron_ds.config.tree import LEAVES, OURS, TAG, Leaf, Path, dotted, full_path
-from megatron_ds.config.values import accepts, choices, members, nearest, parse, parse_list, show, unwrap
+from megatron_ds.config.values import accepts, choices, element_types, members, nearest, parse, parse_list, show, unwrap
 
 _NEGATIVE_NUMBER = re.compile(r"-\.?\d")
 CONFIG_FLAGS = ("--deepspeed-config", "--config")
@@ -199,7 +199,7 @@ def placeholder(flag: Flag) -> str:
         return "NAME=PREFIX ..."
     names = {int: "N", float: "X", str: "TEXT"}
     if flag.container is tuple:
-        return "N ..." if int in [unwrap(member)[0] for member in members(flag.annotation)] else "[WEIGHT] PREFIX ..."
+        return "N ..." if int in element_types(flag.annotation) else "[WEIGHT] PREFIX ..."
     words = []
     for member in members(flag.annotation):
         base = unwrap(member)[0]

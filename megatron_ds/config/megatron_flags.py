@@ -44,6 +44,18 @@ ALIASES: dict[str, str] = {
     "--moe-token-drop-policy": "moe.capacity.drop_policy",
     "--moe-token-dispatcher-type": "moe.dispatcher",
     "--moe-expert-parallel-size": "parallel.expert_model_parallel_size",
+    "--q-lora-rank": "model.attention.q_lora_rank",
+    "--kv-lora-rank": "model.attention.kv_lora_rank",
+    "--qk-head-dim": "model.attention.qk_head_dim",
+    "--qk-pos-emb-head-dim": "model.attention.qk_pos_emb_head_dim",
+    "--v-head-dim": "model.attention.v_head_dim",
+    "--rope-type": "model.rope_scaling.kind",
+    "--rotary-scaling-factor": "model.rope_scaling.factor",
+    "--original-max-position-embeddings": "model.rope_scaling.original_max_position_embeddings",
+    "--beta-fast": "model.rope_scaling.beta_fast",
+    "--beta-slow": "model.rope_scaling.beta_slow",
+    "--mscale": "model.rope_scaling.mscale",
+    "--mscale-all-dim": "model.rope_scaling.mscale_all_dim",
 }
 """Flags for DeepSpeed's keys, and second names: flag to path. A number in a path is an element of a list."""
 
@@ -56,6 +68,7 @@ IMPLIED: dict[str, tuple[str, Any]] = {
 
 VALUES: dict[str, dict[str, str]] = {
     "--moe-token-dispatcher-type": {"alltoall": "all_to_all"},
+    "--rope-type": {"rope": "default"},
 }
 """Megatron's words for values that have another name here."""
 
@@ -66,6 +79,8 @@ SHORTHANDS: dict[str, tuple[str, Any]] = {
     "--moe-router-pre-softmax": ("moe.router.norm_topk_prob", False),
     "--moe-router-enable-expert-bias": ("moe.router.fine", "bias"),
     "--disable-moe-token-dropping": ("moe.capacity.kind", "dropless"),
+    "--multi-latent-attention": ("model.attention.kind", "latent"),
+    "--enable-zbh1-pipeline": ("parallel.schedule.kind", "zb_h1"),
 }
 """Flags without a value that stand for a setting."""
 
@@ -83,7 +98,8 @@ ALWAYS: dict[str, tuple[tuple[str, ...], str]] = {
     "--tokenizer-type": (("HuggingFaceTokenizer",), "tokenizers are tokenizer.json files"),
     "--dataloader-type": (("single",), "samples are read once, in an order fixed by the seed"),
     "--context-parallel-size": (("1",), "a sample is never cut over ranks"),
-    "--expert-tensor-parallel-size": (("1",), "the matrices of an expert are whole"),
+    "--account-for-embedding-in-pipeline-split": ((), "layers are shared out by cost, that of the embedding included"),
+    "--account-for-loss-in-pipeline-split": ((), "layers are shared out by cost, that of the output included"),
     "--moe-router-dtype": (("fp32",), "routers compute in fp32"),
     "--moe-per-layer-logging": ((), "the ledger has the load of every layer"),
     "--create-moe-param-group": ((), "experts have parameter groups of their own"),
@@ -106,7 +122,10 @@ _BALANCE = ("every balancing loss has a coefficient of its own, and they add up"
             "use --moe-aux-loss-coeff, --moe-seq-aux-loss-coeff or --moe-global-aux-loss-coeff")  # fmt: skip
 _PADDING = ("experts compute the rows that they have, without padding", "leave it out")
 _EXCHANGE = ("the exchange is one of our dispatchers", "use --dispatcher ring")
-_SCHEDULE = ("the schedule is 1F1B", "leave it out")
+_LAYOUT = (
+    "chunks are counted per rank, and their layers listed",
+    "use --num-virtual-stages-per-pipeline-rank or --pipeline-model-parallel-layout",
+)
 _WHOLE = ("a checkpoint is always saved and loaded whole", "leave it out")
 _MODEL = ("the feed-forward block is SwiGLU without biases", "leave it out")
 _OURS = ("overlap is the engine's business", "leave it out")
@@ -136,8 +155,6 @@ REFUSED_FLAGS: dict[str, tuple[str, str]] = {
     "--use-rope-scaling": ("scaling has several kinds", "use --rope-scaling llama3"),
     "--squared-relu": _MODEL,
     "--add-qkv-bias": _MODEL,
-    "--multi-latent-attention": ("attention is grouped-query", "leave it out"),
-    "--sequence-parallel": ("there is no tensor parallelism", "leave it out"),
     "--expert-interval": ("Megatron renamed it, and counts from the first layer", "use --moe-layer-freq"),
     "--moe-loss-coeff": ("Megatron renamed it", "use --moe-aux-loss-coeff"),
     "--moe-router-load-balancing-type": _BALANCE,
@@ -154,9 +171,15 @@ REFUSED_FLAGS: dict[str, tuple[str, str]] = {
     "--moe-router-force-load-balancing": ("it ignores what the router learns", "leave it out"),
     "--moe-use-upcycling": ("experts start from their own seeds", "leave it out"),
     "--moe-top2-2nd-expert-sampling": ("the choice of experts is not random", "leave it out"),
-    "--num-layers-per-virtual-pipeline-stage": _SCHEDULE,
-    "--num-virtual-stages-per-pipeline-rank": _SCHEDULE,
-    "--enable-zbh1-pipeline": _SCHEDULE,
+    "--num-layers-per-virtual-pipeline-stage": _LAYOUT,
+    "--decoder-first-pipeline-num-layers": _LAYOUT,
+    "--decoder-last-pipeline-num-layers": _LAYOUT,
+    "--microbatch-group-size-per-virtual-pipeline-stage": ("a group has one micro-batch per rank", "leave it out"),
+    "--delay-wgrad-compute": ("weight gradients wait in zero-bubble schedules", "use --schedule zb_h1 or zb_v"),
+    "--use-tp-pp-dp-mapping": ("ranks are numbered pipeline, data, tensor from the outside in", "leave it out"),
+    "--overlap-p2p-communication": _OURS,
+    "--tp-comm-overlap": _OURS,
+    "--overlap-moe-expert-parallel-comm": _OURS,
     "--overlap-grad-reduce": _OURS,
     "--overlap-param-gather": _OURS,
     "--distributed-backend": ("it follows from the accelerator", "leave it out"),

@@ -141,6 +141,8 @@ class TrainingConfig(Section):
     """Save and stop after this many minutes."""
     skip_train: bool = False
     """Only evaluate."""
+    self_test: bool = False
+    """Only compare the gradients of a small copy of the run, under its topology, with those of one process."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in the backward pass: full layers, or only the core attention."""
 

@@ -51,6 +51,13 @@ def choices(annotation: Any) -> tuple[Any, ...]:
     return tuple(c for m in members(annotation) if get_origin(m) is Literal for c in get_args(m))
 
 
+def element_types(annotation: Any) -> set[Any]:
+    """The types of the items of those alternatives that are lists; of named values their own."""
+    lists = [unwrap(member)[0] for member in members(annotation)]
+    items = [unwrap(get_args(base)[0])[0] for base in lists if get_origin(base) is tuple]
+    return {kind for item in items for kind in (map(type, get_args(item)) if get_origin(item) is Literal else [item])}
+
+
 def describe(annotation: Any) -> str:
     """A type in words: ``an integer > 0 or null``."""
     words = []

@@ -10,7 +10,7 @@ from megatron_ds.config.help import help_text
 from megatron_ds.config.megatron_flags import ALIASES, ALWAYS, IMPLIED, REFUSED_FLAGS, SHORTHANDS, VALUES
 from megatron_ds.config.problems import Findings
 from megatron_ds.config.tree import LEAF_PATHS, LEAVES, OURS, full_path, lookup, write
-from megatron_ds.config.values import accepts, choices, members, unwrap
+from megatron_ds.config.values import accepts, choices, element_types, members, unwrap
 
 MODEL, MOE = (OURS, "model"), (OURS, "moe")
 
@@ -39,6 +39,8 @@ def example(annotation) -> tuple[str, object]:
         return text, text
     if get_origin(base) is dict:
         return "a=x", {"a": ["x"]}
+    if int in element_types(annotation):
+        return "3 4", [3, 4]
     return ("x y", ["x", "y"]) if get_args(base)[-1] is ... else ("0.5 0.25", [0.5, 0.25])
 
 
@@ -136,6 +138,15 @@ def test_variants_that_share_a_leaf_agree_on_how_it_is_written():
         ("--moe-layer-freq ([0]*1+[1]*3)", (*MOE, "moe_layer_freq"), [0, 1, 1, 1]),
         ("--set moe.moe_layer_freq=[0]+3*[1]", (*MOE, "moe_layer_freq"), [0, 1, 1, 1]),
         ("--set moe.moe_layer_freq=2", (*MOE, "moe_layer_freq"), 2),
+        ("--multi-latent-attention", (*MODEL, "attention", "kind"), "latent"),
+        ("--kv-lora-rank 16", (*MODEL, "attention", "kv_lora_rank"), 16),
+        ("--rope-type rope", (*MODEL, "rope_scaling", "kind"), "default"),
+        ("--rotary-scaling-factor 40", (*MODEL, "rope_scaling", "factor"), 40.0),
+        ("--pipeline-model-parallel-layout 2 3 2 1", (OURS, "parallel", "pipeline_model_parallel_layout"), [2, 3, 2, 1]),
+        ("--pipeline-model-parallel-layout [2]*3+[1]", (OURS, "parallel", "pipeline_model_parallel_layout"), [2, 2, 2, 1]),
+        ("--pipeline-model-parallel-layout none", (OURS, "parallel", "pipeline_model_parallel_layout"), None),
+        ("--enable-zbh1-pipeline", (OURS, "parallel", "schedule", "kind"), "zb_h1"),
+        ("--no-sequence-parallel", (OURS, "parallel", "sequence_parallel"), False),
         ("--dead-expert-steps 7", (OURS, "monitor", "dead_expert_steps"), 7),
     ],
 )
