@@ -160,7 +160,7 @@ def our_layer(problem: Problem, dispatcher: str, groups: Groups) -> OurLayer:
     exchange = build_dispatcher(moe, groups.experts, shape.experts)
     experts = Experts(problem.local_experts, shape.hidden, shape.ffn, moe.experts)
     with torch.no_grad():
-        experts.gate_up.copy_(problem.gate_up)
+        experts.gate_up.copy_(problem.gate_up.view_as(experts.gate_up))
         experts.down.copy_(problem.down)
     router_ED = nn.Parameter(problem.router_ED)
 

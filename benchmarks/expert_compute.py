@@ -129,13 +129,14 @@ def make_weights(shape: Shape) -> tuple[Tensor, Tensor]:
 
 def ours(shape: Shape) -> Side:
     experts = Experts(shape.experts, shape.hidden, shape.ffn, "grouped_mm")
-    experts.gate_up.data, experts.down.data = make_weights(shape)
+    gate_up_EHD, experts.down.data = make_weights(shape)
+    experts.gate_up.data = gate_up_EHD.view_as(experts.gate_up)
     moe = MoEConfig(num_experts=shape.experts, moe_router_topk=shape.top_k)
     dispatcher = build_dispatcher(moe, None, shape.experts)
     return Side(
         lambda x_TD, weight_TK, expert_TK: dispatcher(x_TD, weight_TK, expert_TK, experts),
         list(experts.parameters()),
-        lambda: (experts.gate_up.grad, experts.down.grad),
+        lambda: (experts.gate_up.grad.flatten(1, 2), experts.down.grad),
     )
 
 

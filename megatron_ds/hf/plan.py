@@ -138,18 +138,17 @@ class Plan:
     def _tensor(
         self, prefix: str, inside: str, source: str | None, shape: tuple[int, ...], rounding: str
     ) -> list[Entry]:
-        """The entries of one tensor; of stacked experts, one for every part of every expert."""
+        """The entries of one tensor; of experts, stacked as [E, (parts,) rows, columns], one for every part of each."""
         names, kept = self.target.layer_names[inside], self._kept(inside)
         if isinstance(names, str):
             stored = (1, *shape) if inside in self.target.as_row else shape
             return [Entry(prefix + names, source, whole(shape), stored, kept, rounding)]
-        num_experts, rows, columns = shape
-        rows //= len(names)
+        num_experts, rows, columns = shape[0], *shape[-2:]
         return [
             Entry(
                 prefix + name.format(expert=expert),
                 source,
-                ((expert, expert + 1), (part * rows, (part + 1) * rows), (0, columns)),
+                ((expert, expert + 1), *((part, part + 1) for _ in shape[1:-2]), (0, rows), (0, columns)),
                 (rows, columns),
                 kept,
                 rounding,

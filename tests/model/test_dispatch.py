@@ -43,9 +43,9 @@ class Case:
         return self.per_rank * size
 
     def weights(self, size):
-        """gate_up [E, 2F, D] and down [E, D, F]."""
+        """gate_up [E, 2, F, D] and down [E, D, F]."""
         generator, experts = torch.Generator().manual_seed(self.seed), self.num_experts(size)
-        shapes = (experts, 2 * self.width, self.hidden), (experts, self.hidden, self.width)
+        shapes = (experts, 2, self.width, self.hidden), (experts, self.hidden, self.width)
         return [torch.randn(shape, generator=generator) / 4 for shape in shapes]
 
     def inputs(self, rank, size):
@@ -84,18 +84,18 @@ CASES = {
 
 def oracle(case, size):
     """Float64: [y_TD, grad_x_TD, grad_weight_TK] of every rank, and the gradients of both weights of all experts."""
-    gate_up_EHD, down_EDF = (w.double().requires_grad_() for w in case.weights(size))
+    gate_up_E2FD, down_EDF = (w.double().requires_grad_() for w in case.weights(size))
     ranks = []
     for rank in range(size):
         x_TD, weight_TK, expert_TK, grad_TD = case.inputs(rank, size)
         x_TD, weight_TK = x_TD.double().requires_grad_(), weight_TK.double().requires_grad_()
-        gate_TEF, up_TEF = torch.einsum("td,ehd->teh", x_TD, gate_up_EHD).chunk(2, -1)
+        gate_TEF, up_TEF = torch.einsum("td,epfd->ptef", x_TD, gate_up_E2FD)
         y_TED = torch.einsum("tef,edf->ted", F.silu(gate_TEF) * up_TEF, down_EDF)
         chosen_TKE = F.one_hot(expert_TK + 1, case.num_experts(size) + 1)[..., 1:].double()
         y_TD = torch.einsum("tk,tke,ted->td", weight_TK, chosen_TKE, y_TED)
         (y_TD * grad_TD.double()).sum().backward()
         ranks.append([y_TD.detach(), x_TD.grad, weight_TK.grad])
-    return ranks, [gate_up_EHD.grad, down_EDF.grad]
+    return ranks, [gate_up_E2FD.grad, down_EDF.grad]
 
 
 def build(case, groups, name, experts_type=Experts, **options):

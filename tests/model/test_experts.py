@@ -28,20 +28,20 @@ def source(counts, num_rows, hidden=D, dtype=torch.float32, seed=0):
 
 def oracle(experts, sources):
     """Float64: (y_ND, grad_x_ND, grad_weight_A) of every source, and the gradients of both weights."""
-    gate_up_EHD, down_EDF = (p.detach().double().requires_grad_() for p in experts.parameters())
+    gate_up_E2FD, down_EDF = (p.detach().double().requires_grad_() for p in experts.parameters())
     results = []
     for x_ND, grad_ND, (row_A, weight_A, counts) in sources:
         x_ND, weight_A = (t.detach().double().requires_grad_() for t in (x_ND, weight_A))
         y_ND, position = torch.zeros_like(x_ND), 0
         for expert, count in enumerate(counts):
             for entry in range(position, position + count):
-                gate_F, up_F = (gate_up_EHD[expert] @ x_ND[row_A[entry]]).chunk(2)
+                gate_F, up_F = gate_up_E2FD[expert] @ x_ND[row_A[entry]]
                 y_D = weight_A[entry] * (down_EDF[expert] @ (F.silu(gate_F) * up_F))
                 y_ND = y_ND + torch.eye(len(x_ND), dtype=torch.float64)[row_A[entry]][:, None] * y_D
             position += count
         (y_ND * grad_ND.double()).sum().backward() if counts != [0] * len(counts) else None
         results.append([y_ND.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in (x_ND, weight_A))])
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in (gate_up_EHD, down_EDF)]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in (gate_up_E2FD, down_EDF)]
     return results, grads
 
 

@@ -107,7 +107,7 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x_TD: Tensor, weight_TK: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor, expert_TK: Tensor,
+        ctx, x_TD: Tensor, weight_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, expert_TK: Tensor,
         experts: Experts, stage: Stage, traffic: Traffic,
     ) -> Tensor:  # fmt: skip
         order_A, counts = _sorted_by_expert(expert_TK, stage.num_experts)

@@ -51,28 +51,33 @@ class PendingWeights(NamedTuple):
 
 
 class Experts(nn.Module):
-    """``num_local`` SwiGLU blocks, down(silu(gate(x)) * up(x))."""
+    """``num_local`` SwiGLU blocks, down(silu(gate(x)) * up(x)).
+
+    Attributes:
+        gate_up: parameter [E, 2, F, D], gate first; in products it is [E, H, D], gate's rows before up's.
+        down: parameter [E, D, F].
+    """
 
     def __init__(self, num_local: int, hidden_size: int, ffn_size: int, implementation: str = "grouped_mm"):
         """``implementation``: a key of ``PRODUCTS``; grouped products need widths that are whole 16 bytes."""
         super().__init__()
         self.num_experts = num_local
-        self.gate_up = nn.Parameter(torch.empty(num_local, 2 * ffn_size, hidden_size))
+        self.gate_up = nn.Parameter(torch.empty(num_local, 2, ffn_size, hidden_size))
         self.down = nn.Parameter(torch.empty(num_local, hidden_size, ffn_size))
         self._product = PRODUCTS[implementation]
 
     def compute(self, x_AD: Tensor, counts: list[int]) -> Tensor:
         """Rows sorted by expert -> their outputs, differentiable by autograd."""
-        gate_AF, up_AF = self._product.rows(x_AD, self.gate_up.transpose(1, 2), counts).chunk(2, dim=1)
-        return self._product.rows(F.silu(gate_AF) * up_AF, self.down.transpose(1, 2), counts)
+        gate_AF, up_AF = self._product.rows(x_AD, self._gate_up_EHD.mT, counts).chunk(2, dim=1)
+        return self._product.rows(F.silu(gate_AF) * up_AF, self.down.mT, counts)
 
     def forward(self, x_ND: Tensor, assignment: Assignment) -> tuple[Tensor, Saved]:
         """y_ND, each row the weighted sum of its experts' outputs (zero without any), and what ``backward`` needs."""
         row_A, weight_A, counts = assignment
-        gate_up_AH = self._product.rows(x_ND.index_select(0, row_A), self.gate_up.transpose(1, 2), counts)
+        gate_up_AH = self._product.rows(x_ND.index_select(0, row_A), self._gate_up_EHD.mT, counts)
         gate_AF, up_AF = gate_up_AH.chunk(2, dim=1)
         activation_AF = F.silu(gate_AF).mul_(up_AF).mul_(weight_A[:, None])
-        y_AD = self._product.rows(activation_AF, self.down.transpose(1, 2), counts)
+        y_AD = self._product.rows(activation_AF, self.down.mT, counts)
         return torch.zeros_like(x_ND).index_add_(0, row_A, y_AD), Saved(x_ND, assignment, gate_up_AH)
 
     def backward(
@@ -102,7 +107,7 @@ class Experts(nn.Module):
         grad_gate_AF, grad_up_AF = grad_gate_up_AH.chunk(2, dim=1)
         torch.mul(grad_AF, silu_AF, out=grad_up_AF)
         torch.ops.aten.silu_backward.grad_input(grad_AF.mul_(up_AF), gate_AF, grad_input=grad_gate_AF)
-        grad_x_AD = self._product.rows(grad_gate_up_AH, self.gate_up, counts)
+        grad_x_AD = self._product.rows(grad_gate_up_AH, self._gate_up_EHD, counts)
         pending.append(PendingWeights(x_ND, grad_y_ND, row_A, grad_gate_up_AH, activation_AF, counts))
         meanwhile()
         return torch.zeros_like(x_ND).index_add_(0, row_A, grad_x_AD), grad_weight_A
@@ -117,7 +122,11 @@ class Experts(nn.Module):
         del grad_gate_up_AH, x_AD
         grad_y_AD = _gather_by_expert([(piece.grad_y_ND, piece.row_A) for piece in pending], split)
         activation_AF = _by_expert([piece.activation_AF for piece in pending], split)
-        return grad_gate_up_EHD, self._product.outer(grad_y_AD, activation_AF, counts)
+        return grad_gate_up_EHD.view_as(self.gate_up), self._product.outer(grad_y_AD, activation_AF, counts)
+
+    @property
+    def _gate_up_EHD(self) -> Tensor:
+        return self.gate_up.flatten(1, 2)
 
 
 def _by_expert(pieces: list[Tensor], split: list[list[int]]) -> Tensor:
