@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ds.config.model_schema import Attention, FullAttention, HybridAttention, ModelConfig, SoftGateAttention
+from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.model.attention_mask import Packing
 from megatron_ds.model.context import Context
 from megatron_ds.model.norm import RMSNorm
@@ -155,11 +155,3 @@ def fused_attention(
         dropout_p=dropout.probability if dropout else 0.0, enable_gqa=q_BHSK.shape[1] != k_BGSK.shape[1],
         scale=scale,
     )  # fmt: skip
-
-
-ATTENTION: dict[type[Attention], type[SelfAttention]] = {
-    FullAttention: GlobalAttention,
-    HybridAttention: PatternAttention,
-    SoftGateAttention: GatedAttention,
-}
-"""Kind of attention -> its module."""

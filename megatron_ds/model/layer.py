@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from megatron_ds.config.model_schema import ModelConfig
+from megatron_ds.config.model_schema import Attention, FullAttention, HybridAttention, ModelConfig, SoftGateAttention
 from megatron_ds.config.moe_schema import MoEConfig, has_experts
-from megatron_ds.model.attention import ATTENTION
+from megatron_ds.model.attention import GatedAttention, GlobalAttention, PatternAttention
 from megatron_ds.model.context import Context, seed_dropout
 from megatron_ds.model.mlp import MLP
 from megatron_ds.model.moe.sparse_mlp import SparseMLP
@@ -16,6 +16,13 @@ from megatron_ds.parallel.tensor import ALONE, mark_partial
 
 if TYPE_CHECKING:  # importing it starts DeepSpeed, which an export does not need
     from megatron_ds.parallel.groups import Groups
+
+ATTENTION: dict[type[Attention], type[nn.Module]] = {
+    FullAttention: GlobalAttention,
+    HybridAttention: PatternAttention,
+    SoftGateAttention: GatedAttention,
+}
+"""Kind of attention -> its module, built from (config, index of the layer, tensor ranks)."""
 
 
 class DecoderLayer(nn.Module):

@@ -24,7 +24,8 @@ class Shard:
     """Neighbouring ranks of the axis that hold the same part, each with its share of the part's gradient."""
 
     def attach(self, parameter: nn.Parameter) -> nn.Parameter:
-        """Tag a parameter that holds this part; returns it. One that is cut along several axes has a tag for each."""
+        """Tag a parameter that holds this part; returns it. One that is cut along several dimensions has several."""
+        assert all(shard.dim != self.dim for shard in shards_of(parameter)), f"dimension {self.dim} is cut already"
         parameter.shards = (*shards_of(parameter), self)
         return parameter
 

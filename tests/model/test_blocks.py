@@ -69,8 +69,9 @@ def test_linear_takes_any_strides(strided):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_linear_skips_gradients_that_nobody_wants():
-    x, weight = draw(6, 8), draw(5, 8, seed=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_skips_gradients_that_nobody_wants(dtype):
+    x, weight = draw(6, 8).to(dtype), draw(5, 8, seed=1).to(dtype)
     with FlopCounterMode(display=False) as frozen_input:
         linear(x, weight.clone().requires_grad_()).sum().backward()
     with FlopCounterMode(display=False) as frozen_weight:

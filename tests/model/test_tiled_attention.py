@@ -56,6 +56,19 @@ def test_grouped_heads(heads, groups):
     assert_same([out], qkv, reference.attention(*exact, reference.visible(document("single")))[:1], exact)
 
 
+@pytest.mark.parametrize(
+    "attend", [lambda *x, **y: tiled_attention(*x, **y)[0], fused_attention], ids=["tiled", "fused"]
+)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_scale_and_width_of_values(attend, packing):
+    q, k, _ = inputs()
+    v = inputs(width=10)[2]
+    exact = doubles([q, k, v])
+    out = attend(q, k, v, Packing(document(packing)), scale=0.6)
+    expected = reference.attention(0.6 * 16**0.5 * exact[0], *exact[1:], reference.visible(document(packing)))[:1]
+    assert_same([out], [q, k, v], expected, exact)
+
+
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65])
 def test_lengths_around_a_tile(length):
     qkv = inputs(length=length)
