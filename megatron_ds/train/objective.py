@@ -1,7 +1,7 @@
 """What is minimised: logits and a batch in, *sums* of the losses over counted tokens out.
 
 The division by the number of counted tokens happens once, in the engine, with the count of the whole global batch.
-Predictions further ahead are divided by the same count, as in the paper (arXiv 2412.19437, equation 24), although fewer
+Predictions further ahead are divided by the same count, as in the paper (arXiv 2412.19437, section 2.2), although fewer
 of their targets are counted.
 """
 
