@@ -88,11 +88,11 @@ class _TiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out_BHSK, grad_lse_BHS):
         q_BHSK, k_BGSK, v_BGSK, log_gate_BHS = ctx.saved_tensors
-        grad_q_BHSK = torch.empty_like(q_BHSK)
-        grad_k_BGSK, grad_v_BGSK = (torch.zeros_like(x, dtype=torch.float32) for x in (k_BGSK, v_BGSK))
+        grad_q_BHSK, grad_k_BGSK, grad_v_BGSK = (torch.empty_like(x) for x in (q_BHSK, k_BGSK, v_BGSK))
         grad_gate_BHS = None if log_gate_BHS is None else torch.zeros_like(log_gate_BHS)
         keep_masks = _keep_masks(ctx.dropout, q_BHSK.device)
         for part in _parts(ctx.tiles, ctx.scale, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS):
+            grad_k_NSK, grad_v_NSK = torch.zeros_like(part.k_NSK), torch.zeros_like(part.v_NSK)
             for tile in part.tiles:
                 q_NMK, grad_NMK = part.queries(tile), part.take(grad_out_BHSK, tile).float()
                 score_NML = part.scores(tile, q_NMK)
@@ -104,7 +104,7 @@ class _TiledAttention(torch.autograd.Function):
                     keep_NML = keep_masks(p_NML)
                     kept_NML = p_NML * keep_NML
                     grad_p_NML.mul_(keep_NML)
-                part.add(grad_v_BGSK, tile, kept_NML, grad_NMK)
+                _add_product(grad_v_NSK[:, tile.keys], kept_NML, grad_NMK)
                 grad_score_NML = torch._softmax_backward_data(
                     grad_p_NML, p_NML, -1, torch.float32, grad_input=grad_p_NML
                 )
@@ -112,10 +112,11 @@ class _TiledAttention(torch.autograd.Function):
                     grad_score_NML.addcmul_(p_NML, part.take(grad_lse_BHS, tile).unsqueeze(-1))
                 if tile.far is not None:
                     part.put(grad_gate_BHS, tile, part.far_sum(tile, grad_score_NML))
-                part.add(grad_k_BGSK, tile, grad_score_NML, q_NMK)
+                _add_product(grad_k_NSK[:, tile.keys], grad_score_NML, q_NMK)
                 grad_q_NMK = torch.bmm(grad_score_NML, part.k_NSK[:, tile.keys]).mul_(part.scale)
                 part.put(grad_q_BHSK, tile, grad_q_NMK)
-        grad_k_BGSK, grad_v_BGSK = grad_k_BGSK.to(k_BGSK.dtype), grad_v_BGSK.to(v_BGSK.dtype)
+            part.put_keys(grad_k_BGSK, grad_k_NSK)
+            part.put_keys(grad_v_BGSK, grad_v_NSK)
         return grad_q_BHSK, grad_k_BGSK, grad_v_BGSK, grad_gate_BHS, None, None, None, None
 
 
@@ -147,6 +148,11 @@ class _Part:
         target = self._of(x, tile)
         target.copy_(value.view(target.shape))
 
+    def put_keys(self, x_BGSK: Tensor, value_NSK: Tensor) -> None:
+        """Write what ``k_NSK`` was read from, in another tensor."""
+        target = x_BGSK[self.rows, self.groups]
+        target.copy_(value_NSK.view(target.shape))
+
     def _of(self, x: Tensor, tile: Tile) -> Tensor:
         return x.unflatten(1, (-1, self.repeats))[self.rows, self.groups, :, tile.begin : tile.end]
 
@@ -166,11 +172,6 @@ class _Part:
             score_NRQL[..., : tile.far.shape[-1]].addcmul_(log_gate_NRQ1, tile.far)
         return score_NML
 
-    def add(self, total_BGSK: Tensor, tile: Tile, weight_NML: Tensor, x_NMK: Tensor) -> None:
-        """total += weight^T x for the tile's keys; not in place, where PyTorch's FLOP counter would not see it."""
-        total_NLK = total_BGSK[self.rows, self.groups].flatten(0, 1)[:, tile.keys]
-        torch.baddbmm(total_NLK, weight_NML.transpose(1, 2), x_NMK, out=total_NLK)
-
     def far_sum(self, tile: Tile, score_NML: Tensor) -> Tensor:
         """Sum over the far keys, [N, R, Q]."""
         return (score_NML.unflatten(1, (self.repeats, -1))[..., : tile.far.shape[-1]] * tile.far).sum(-1)
@@ -185,6 +186,11 @@ def _parts(tiles, scale, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS) -> Iterator[_Part
         for first in range(0, num_groups, num_together):
             groups = slice(first, first + num_together)
             yield _Part(rows, groups, row_tiles, scale, q_BHSK, k_BGSK, v_BGSK, log_gate_BHS)
+
+
+def _add_product(total_NLK: Tensor, weight_NML: Tensor, x_NMK: Tensor) -> None:
+    """total += weight^T x; not by the operator in place, which PyTorch's FLOP counter would not see."""
+    torch.baddbmm(total_NLK, weight_NML.transpose(1, 2), x_NMK, out=total_NLK)
 
 
 def _largest(tiles: list[Tile]) -> int:

@@ -69,6 +69,15 @@ def test_scale_and_width_of_values(attend, packing):
     assert_same([out], [q, k, v], expected, exact)
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_any_strides(packing):
+    """Heads behind the sequence, as projections return them."""
+    qkv = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs()]
+    exact = doubles(qkv)
+    out, _ = tiled_attention(*qkv, Packing(document(packing)))
+    assert_same([out], qkv, reference.attention(*exact, reference.visible(document(packing)))[:1], exact)
+
+
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65])
 def test_lengths_around_a_tile(length):
     qkv = inputs(length=length)
@@ -90,14 +99,18 @@ def test_gate_on_far_keys(packing, gate_window):
     assert_same([out], [*qkv, log_gate], expected, exact)
 
 
-def test_heads_handled_one_after_another(monkeypatch):
-    qkv, packing = inputs(), Packing(document("packed"))
-    together, _ = tiled_attention(*qkv, packing)
-    monkeypatch.setattr(kernel, "CACHED_SCORES", 1)
-    apart, _ = tiled_attention(*qkv, packing)
-    torch.testing.assert_close(apart, together, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_some_heads_are_handled_together(monkeypatch, packing, together):
+    qkv, documents = inputs(heads=8, groups=4), document(packing)
+    all_at_once, _ = tiled_attention(*qkv, Packing(documents))
+    largest = max(kernel._largest(tiles) for _, tiles in Packing(documents).tiles(None))
+    rows = 2 if packing == "single" else 1
+    monkeypatch.setattr(kernel, "CACHED_SCORES", together * rows * 2 * largest)
+    some, _ = tiled_attention(*qkv, Packing(documents))
+    torch.testing.assert_close(some, all_at_once, rtol=1e-6, atol=1e-6)
     exact = doubles(qkv)
-    assert_same([apart], qkv, reference.attention(*exact, reference.visible(document("packed")))[:1], exact)
+    assert_same([some], qkv, reference.attention(*exact, reference.visible(documents))[:1], exact)
 
 
 def test_dropout_is_the_same_in_both_passes():
