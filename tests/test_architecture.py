@@ -17,7 +17,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 EXCEPTIONS: dict[str, str] = {}
 """File or file:function -> why it may be longer."""
 
-SELF_EXPLAINING = ("rules.py", "moe_rules.py", "training_rules.py")
+SELF_EXPLAINING = ("rules.py", "moe_rules.py", "parallel_rules.py", "schedule_rules.py", "training_rules.py")
 """Files whose functions are sentences: each is named after the rule it checks and returns that rule in words."""
 
 BELOW = {

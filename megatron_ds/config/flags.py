@@ -199,7 +199,8 @@ def placeholder(flag: Flag) -> str:
         return "NAME=PREFIX ..."
     names = {int: "N", float: "X", str: "TEXT"}
     if flag.container is tuple:
-        return "N ..." if int in element_types(flag.annotation) else "[WEIGHT] PREFIX ..."
+        items = element_types(flag.annotation)
+        return "N ..." if int in items else "[WEIGHT] PREFIX ..." if str in items else "PHASE ..."
     words = []
     for member in members(flag.annotation):
         base = unwrap(member)[0]

@@ -114,8 +114,9 @@ ALWAYS: dict[str, tuple[tuple[str, ...], str]] = {
 """What is always so here: the values that are accepted (none for a switch), and the fact."""
 
 _RECOMPUTE = ("Megatron renamed it", "use --recompute-granularity full")
-_STEPS = ("length is counted in optimizer steps", "use --train-iters")
-_STEPS_LR = ("schedules count optimizer steps", "use --lr-decay-iters or --lr-warmup-iters")
+_TOKENS = ("length is counted in steps or sequences", "use --train-iters or --train-samples")
+_TOKENS_LR = ("warmup and decay count what the length of the run counts",
+              "use --lr-decay-samples and --lr-warmup-samples, or --lr-phases")  # fmt: skip
 _TOKENIZER = ("a tokenizer is one directory with tokenizer.json", "use --tokenizer DIR")
 _SPLITS = ("training data comes from data_path", "use --data-path, and --eval-data-path NAME=PREFIX for validation")
 _BALANCE = ("every balancing loss has a coefficient of its own, and they add up",
@@ -138,13 +139,9 @@ REFUSED_FLAGS: dict[str, tuple[str, str]] = {
     "--recompute-activations": ("Megatron renamed it", "use --recompute-granularity selective"),
     "--recompute-method": ("every layer is recomputed alike", "use --recompute-granularity full"),
     "--recompute-num-layers": ("every layer is recomputed alike", "use --recompute-granularity full"),
-    "--train-samples": _STEPS,
-    "--train-tokens": _STEPS,
-    "--lr-decay-samples": _STEPS_LR,
-    "--lr-decay-tokens": _STEPS_LR,
-    "--lr-warmup-samples": _STEPS_LR,
-    "--lr-warmup-tokens": _STEPS_LR,
-    "--rampup-batch-size": ("the global batch has one size", "use --global-batch-size"),
+    "--train-tokens": _TOKENS,
+    "--lr-decay-tokens": _TOKENS_LR,
+    "--lr-warmup-tokens": _TOKENS_LR,
     "--initial-loss-scale": ("DeepSpeed takes its logarithm", "use --set fp16.initial_scale_power=16"),
     "--vocab-file": _TOKENIZER,
     "--merge-file": _TOKENIZER,

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from megatron_ds.config.deepspeed_keys import NonNegativeFloat, PositiveFloat, PositiveInt, Probability, Section
 from megatron_ds.config.model_schema import ModelConfig
+from megatron_ds.config.token_schedule import Scheduled
 
 
 class Router(Section):
@@ -96,8 +97,8 @@ class MoEConfig(Section):
     """How experts are scored and chosen."""
     moe_input_jitter_eps: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Multiply the router's input by uniform noise in [1 - eps, 1 + eps] during training."""
-    moe_router_bias_update_rate: NonNegativeFloat = 1e-3
-    """Step of the loss-free balancing: bias += rate * sign(1 - lambda) after every optimizer step."""
+    moe_router_bias_update_rate: Scheduled = 1e-3
+    """Loss-free balancing: bias += rate * sign(1 - lambda) after every step; may change with the tokens consumed."""
     moe_aux_loss_coeff: NonNegativeFloat = 0.0
     """Coefficient of the Switch balancing loss over a micro-batch."""
     moe_seq_aux_loss_coeff: NonNegativeFloat = 0.0

@@ -1,4 +1,4 @@
-"""What a valid configuration leaves open: the third batch size, the automatic learning rate, names and vocabulary.
+"""What a valid configuration leaves open: the third batch size, the automatic learning rate, length, name, vocabulary.
 
 DeepSpeed's batch triangle is train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x data-
 parallel ranks; two of the three keys give the third. ``resolve`` writes what follows from the rest into a new frozen
@@ -8,6 +8,7 @@ tree, which loads again to an equal one. Whether the values are possible is aske
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ds.config.batch_plan import batch_plan
 from megatron_ds.config.problems import Problem
 from megatron_ds.config.schema import RunConfig
 from megatron_ds.config.tree import Path, dotted, flatten, write
@@ -18,6 +19,7 @@ TRAIN = ("train_batch_size",)
 MICRO = ("train_micro_batch_size_per_gpu",)
 ACCUMULATION = ("gradient_accumulation_steps",)
 LR = ("optimizer", "params", "lr")
+TRAIN_ITERS = ("megatron_ds", "training", "train_iters")
 RUN_NAME = ("megatron_ds", "monitor", "run_name")
 VOCAB_SIZE = ("megatron_ds", "model", "vocab_size")
 EOD_ID = ("megatron_ds", "data", "eod_id")
@@ -73,10 +75,11 @@ def complete_batch(config: RunConfig, data_ranks: int) -> Batch | Problem:
     return Batch(train, micro, third) if micro else Batch(train, third, steps or 1)
 
 
-def nearest_multiples(value: int, unit: int) -> str:
-    """The multiples of ``unit`` on both sides of a value, in words: "12 or 24"."""
+def nearest_multiples(value: int, unit: int, first: int = 0) -> str:
+    """``first`` plus the multiples of ``unit`` on both sides of a value, in words: "12 or 24"."""
     below = value // unit * unit
-    return f"{below} or {below + unit}" if below else f"{unit}"
+    above = below + unit
+    return f"{first + below} or {first + above}" if first + below else f"{above}"
 
 
 def peak_lr(config: RunConfig, train_batch_size: int) -> float:
@@ -101,6 +104,10 @@ def resolve(config: RunConfig, world_size: int, name: str = "run") -> RunConfig:
         LR: peak_lr(config, batch.train),
         RUN_NAME: config.megatron_ds.monitor.run_name or name,
     }
+    training = config.megatron_ds.training
+    if training.train_samples is not None:
+        plan = batch_plan(training, batch.train, config.megatron_ds.model.seq_length)
+        values[TRAIN_ITERS] = plan.steps_within(training.train_samples)
     return with_values(config, values)
 
 

@@ -12,6 +12,7 @@ from megatron_ds.config.model_schema import HybridAttention, Llama3Rope, YarnRop
 from megatron_ds.config.moe_rules import MOE_RULES, MOE_WORLD_RULES
 from megatron_ds.config.problems import Findings, Problem, divisors, either, problem
 from megatron_ds.config.resolve import data_parallel_size, nearest_multiples
+from megatron_ds.config.schedule_rules import SCHEDULE_RULES, SCHEDULE_WORLD_RULES
 from megatron_ds.config.schema import RunConfig
 from megatron_ds.config.training_rules import TRAINING_RULES, TRAINING_WORLD_RULES
 
@@ -222,12 +223,14 @@ RULES: tuple[Rule, ...] = (
     gradients_travel_in_a_type_that_holds_them,
     *MOE_RULES,
     *TRAINING_RULES,
+    *SCHEDULE_RULES,
 )
 WORLD_RULES: tuple[WorldRule, ...] = (
     axes_divide_the_world,
     secondary_shards_divide_the_data_axis,
     *MOE_WORLD_RULES,
     *TRAINING_WORLD_RULES,
+    *SCHEDULE_WORLD_RULES,
 )
 
 

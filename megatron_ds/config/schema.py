@@ -20,6 +20,8 @@ from megatron_ds.config.deepspeed_keys import (
 )
 from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
+from megatron_ds.config.token_schedule import COUNT, NUMBER, Scheduled, ScheduledBatch
+from megatron_ds.config.values import Form
 
 # --- parallel -------------------------------------------------------------------------------------------------------
 
@@ -107,28 +109,52 @@ class DataConfig(Section):
 
 # --- training -------------------------------------------------------------------------------------------------------
 
+LrPhase = Annotated[
+    str,
+    Field(pattern=rf"^{COUNT}:(constant(:{NUMBER})?|(linear|cosine|exponential):{NUMBER})$"),
+    Form('of tokens:style or tokens:style:lr as "14.3T:cosine:2.2e-5"'),
+]
+
 
 class TrainingConfig(Section):
     """Length, learning rate schedule, evaluation and the ways to stop early."""
 
     train_iters: PositiveInt = 1000
     """Optimizer steps."""
+    train_samples: PositiveInt | None = None
+    """Length in sequences instead; schedules then count sequences, and train_iters follows."""
+    rampup_batch_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    """Let the global batch grow: start, increment, and the sequences over which it reaches train_batch_size."""
+    step_batch_size_schedule: ScheduledBatch | None = None
+    """Global batch from given numbers of tokens on; the last is train_batch_size."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
     """Shape of the learning rate after the warmup."""
     lr_decay_iters: PositiveInt | None = None
     """Step at which min_lr is reached; by default train_iters."""
+    lr_decay_samples: PositiveInt | None = None
+    """The same in sequences, for runs with train_samples, which is the default."""
     min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end of the decay."""
     lr_warmup_iters: NonNegativeInt | None = None
     """Steps of linear warmup; not together with lr_warmup_fraction."""
+    lr_warmup_samples: NonNegativeInt | None = None
+    """The same in sequences, for runs with train_samples."""
     lr_warmup_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Warmup as a share of lr_decay_iters."""
+    """Warmup as a share of lr_decay_iters, or of lr_decay_samples."""
     lr_warmup_init: NonNegativeFloat = 0.0
     """Learning rate at the first step of the warmup."""
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
     """Shape of WSD's final decay."""
     lr_wsd_decay_iters: PositiveInt | None = None
     """Length of WSD's final decay; by default a tenth of lr_decay_iters."""
+    lr_wsd_decay_samples: PositiveInt | None = None
+    """The same in sequences, for runs with train_samples."""
+    lr_phases: tuple[LrPhase, ...] = ()
+    """Phases after the warmup in place of lr_decay_style; each ends at a number of tokens; docs/learning_rate.md."""
+    mtp_loss_scaling_factor: Scheduled = 0.1
+    """Weight of the loss of MTP blocks; may change with the tokens consumed."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep a running mean of the weights on the CPU: mean = decay * mean + (1 - decay) * weight after every step."""
     eval_interval: PositiveInt | None = 1000
     """Steps between evaluations; null evaluates only at the end."""
     eval_iters: PositiveInt | None = 100
@@ -154,6 +180,8 @@ class CheckpointConfig(Section):
     """Checkpoint directory; by default the run directory's checkpoints/."""
     load: str | None = None
     """Directory to resume from; by default the save directory."""
+    finetune: bool = False
+    """Take only the weights of ``load``, and begin at step 0; without effect once this run has a checkpoint."""
     save_interval: PositiveInt | None = 1000
     """Steps between checkpoints; null saves only at the end."""
 

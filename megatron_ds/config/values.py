@@ -7,6 +7,7 @@ the same strict test. Types are the schema's annotations; nothing here knows pat
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -20,16 +21,24 @@ from megatron_ds.config.list_expression import parse_integers
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}
 _PLURALS = {int: "integers", float: "numbers", str: "strings"}
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "a multiple of"}
+_SHAPES = ("pattern", "form")
 _MAX_SHOWN = 60
 
 
+@dataclass(frozen=True)
+class Form:
+    """Part of a type: what a text looks like, in words, where its pattern would be hard to read."""
+
+    form: str
+
+
 def unwrap(annotation: Any) -> tuple[Any, dict[str, Any]]:
-    """A type without its bounds, and the bounds by name (gt, ge, lt, le, multiple_of, pattern)."""
+    """A type without its bounds, and the bounds by name (gt, ge, lt, le, multiple_of, pattern, form)."""
     if get_origin(annotation) is not Annotated:
         return annotation, {}
     base, *metadata = get_args(annotation)
     flat = [item for m in metadata for item in (m.metadata if isinstance(m, FieldInfo) else (m,))]
-    bounds = {name: getattr(item, name, None) for name in (*_BOUNDS, "pattern") for item in flat if hasattr(item, name)}
+    bounds = {name: getattr(item, name, None) for name in (*_BOUNDS, *_SHAPES) for item in flat if hasattr(item, name)}
     return base, bounds
 
 
@@ -52,10 +61,14 @@ def choices(annotation: Any) -> tuple[Any, ...]:
 
 
 def element_types(annotation: Any) -> set[Any]:
-    """The types of the items of those alternatives that are lists; of named values their own."""
+    """The types of the items of those alternatives that are lists: of named values their own, of texts with a form
+    the whole annotation."""
     lists = [unwrap(member)[0] for member in members(annotation)]
-    items = [unwrap(get_args(base)[0])[0] for base in lists if get_origin(base) is tuple]
-    return {kind for item in items for kind in (map(type, get_args(item)) if get_origin(item) is Literal else [item])}
+    found: set[Any] = set()
+    for item in (get_args(base)[0] for base in lists if get_origin(base) is tuple):
+        base, bounds = unwrap(item)
+        found |= set(map(type, get_args(base))) if get_origin(base) is Literal else {item if "form" in bounds else base}
+    return found
 
 
 def describe(annotation: Any) -> str:
@@ -76,6 +89,7 @@ def describe(annotation: Any) -> str:
         else:
             limits = [f"{sign} {bounds[name]}" for name, sign in _BOUNDS.items() if name in bounds]
             shape = [f"of the form {bounds['pattern']}"] if bounds.get("pattern") else []
+            shape = [bounds["form"]] if "form" in bounds else shape
             words.append(" ".join([_NAMES[base], " and ".join(limits + shape)]).strip())
     return " or ".join(words)
 
@@ -119,8 +133,8 @@ def parse(text: str, annotation: Any) -> Any:
 
 def parse_list(texts: list[str], annotation: Any) -> Any:
     """The JSON value of a flag with several words; a single word may also be a single value, where there is such."""
-    if len(texts) == 1 and len(members(annotation)) > 1:
-        return parse(texts[0], annotation)
+    if len(texts) == 1 and len(members(annotation)) > 1 and (value := parse(texts[0], annotation)) is not texts[0]:
+        return value
     (items,) = (get_args(base)[0] for base, _ in map(unwrap, members(annotation)) if get_origin(base) is tuple)
     return [parse(text, items) for text in texts]
 

@@ -1,6 +1,6 @@
 """Samples -> batches: the sets of a run, and each rank's micro-batches of any global batch.
 
-A global batch is the next G samples of a set's order, where G is the global batch size. Each micro-batch takes the next
+A global batch is the next G samples of a set's order, where G is its size. Each micro-batch takes the next
 micro batch size x ranks of them, and rank r the r-th slice of those (Megatron's rule). Which samples a step sees thus
 depends on nothing but the number of samples consumed before it: that number is the whole state of the loader. Document
 ids and positions travel with the tokens, so that attention never has to guess borders from token values.
@@ -192,27 +192,21 @@ class _Builder:
 class BatchLoader:
     """One rank's micro-batches of every global batch; the next global batch is built in a background thread.
 
-    It is rank ``data_rank`` of ``data_size`` data-parallel ranks. A global batch has micro_batch_size x
-    num_micro_batches x data_size samples. Beyond the end of a finite set come sequences without counted targets.
+    It is rank ``data_rank`` of ``data_size`` data-parallel ranks; ranks with one data rank (a pipeline, tensor-parallel
+    ranks) read the same batches. A global batch has micro_batch_size x number of micro-batches x data_size samples, and
+    that number may change: a micro-batch depends only on the samples consumed before its global batch, and on its place
+    in it. Beyond the end of a finite set come sequences without counted targets.
     """
 
-    def __init__(
-        self, dataset: TokenDataset, micro_batch_size: int, num_micro_batches: int, data_rank: int, data_size: int
-    ) -> None:
+    def __init__(self, dataset: TokenDataset, micro_batch_size: int, data_rank: int, data_size: int) -> None:
         assert 0 <= data_rank < data_size, f"rank {data_rank} of {data_size}"
         self.dataset = dataset
         self.micro_batch_size = micro_batch_size
-        self.num_micro_batches = num_micro_batches
         self.data_rank = data_rank
         self.data_size = data_size
         # One thread: it alone touches the dataset, so a call out of order waits for the prefetch instead of racing it.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch_loader")
         self._prefetched: tuple[int, Future[list[Batch]]] | None = None
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples in one global batch, over all ranks."""
-        return self.micro_batch_size * self.num_micro_batches * self.data_size
 
     def micro_batch_samples(self, consumed_samples: int, micro_batch: int) -> range:
         """Numbers of this rank's samples in one micro-batch of the global batch after ``consumed_samples``."""
@@ -220,24 +214,25 @@ class BatchLoader:
         start = consumed_samples + slice_number * self.micro_batch_size
         return range(start, start + self.micro_batch_size)
 
-    def global_batch(self, consumed_samples: int) -> list[Batch]:
+    def global_batch(self, consumed_samples: int, num_micro_batches: int) -> list[Batch]:
         """This rank's micro-batches of the global batch that begins at sample ``consumed_samples``."""
+        batches: list[Batch] = []
         if self._prefetched and self._prefetched[0] == consumed_samples:
-            future = self._prefetched[1]
-        else:
-            future = self._thread.submit(self._build, consumed_samples)
-        batches = future.result()
-        following = consumed_samples + self.global_batch_size
-        self._prefetched = (following, self._thread.submit(self._build, following))
+            batches = self._prefetched[1].result()[:num_micro_batches]
+        missing = range(len(batches), num_micro_batches)
+        if missing:
+            batches += self._thread.submit(self._build, consumed_samples, missing).result()
+        following = consumed_samples + self.micro_batch_size * num_micro_batches * self.data_size
+        # As many as now: where the next global batch has more, the rest is built when it is asked for.
+        self._prefetched = (following, self._thread.submit(self._build, following, range(num_micro_batches)))
         return batches
 
     def close(self) -> None:
         """Stop the thread; the loader cannot be used any more. May be called twice."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _build(self, consumed_samples: int) -> list[Batch]:
-        micro_batches = (self.micro_batch_samples(consumed_samples, m) for m in range(self.num_micro_batches))
-        return [self._collate(samples) for samples in micro_batches]
+    def _build(self, consumed_samples: int, micro_batches: range) -> list[Batch]:
+        return [self._collate(self.micro_batch_samples(consumed_samples, m)) for m in micro_batches]
 
     def _collate(self, numbers: range) -> Batch:
         dataset, end = self.dataset, self.dataset.num_samples

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from megatron_ds.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
+from megatron_ds.config.batch_plan import BatchPlan, batch_plan
 from megatron_ds.config.load import LoadedConfig
+from megatron_ds.config.lr_plan import warmup_tokens
 from megatron_ds.config.resolve import with_vocabulary
 from megatron_ds.config.schema import DataConfig, RunConfig
+from megatron_ds.config.token_schedule import TokenSchedule
 from megatron_ds.data import tokenizer
 from megatron_ds.data.loader import Batch, BatchLoader, Datasets, build_datasets
 from megatron_ds.engine.initialize import Engine, build_engine
@@ -49,7 +52,12 @@ class Run:
     loader: BatchLoader | None
     """Training batches; None with skip_train and no training data."""
     datasets: Datasets
+    batch_plan: BatchPlan
     learning_rate: LearningRate
+    mtp_weight: TokenSchedule
+    """Weight of the loss of MTP blocks."""
+    bias_rate: TokenSchedule
+    """Step of the routers' balancing biases."""
     store: CheckpointStore
     monitor: Monitor
     flops_per_token: float
@@ -70,16 +78,24 @@ class Run:
         minutes = self.config.megatron_ds.training.exit_duration_in_mins
         return minutes is not None and time.monotonic() - self.started > 60 * minutes
 
+    @property
+    def batch_size(self) -> int:
+        """Sequences of the next global batch."""
+        return self.batch_plan.at(self.consumed_samples)
+
     def next_batches(self) -> list[Batch]:
         """This data rank's micro-batches of the next global batch, on its device."""
-        return [batch.to(self.groups.device) for batch in self.loader.global_batch(self.consumed_samples)]
+        micro_batches = self.batch_size // self.config.train_micro_batch_size_per_gpu // self.groups.topology.data
+        batches = self.loader.global_batch(self.consumed_samples, micro_batches)
+        return [batch.to(self.groups.device) for batch in batches]
 
     def advance(self, loss: float) -> None:
         """Count the step that was just taken."""
+        size = self.batch_size
         self.train_loss = loss
         self.step += 1
-        self.consumed_samples += self.config.train_batch_size
-        self.consumed_tokens += self.config.train_batch_size * self.config.megatron_ds.model.seq_length
+        self.consumed_samples += size
+        self.consumed_tokens += size * self.config.megatron_ds.model.seq_length
 
     def save(self) -> None:
         """Write a checkpoint of this step; all ranks together."""
@@ -155,22 +171,26 @@ def _assemble(config: RunConfig, loaded: LoadedConfig, groups: Groups, directory
             vocab_size=ours.model.vocab_size,
             eod_id=ours.data.eod_id,
         )
-    engine, weights = build_engine(config, groups, pretraining(ours.model))
+    engine, weights = build_engine(config, groups, pretraining(ours.model, groups.tensor))
     store = CheckpointStore(Path(ours.checkpoint.save or directory.checkpoints), groups)
     checkpoint = open_checkpoint(Path(ours.checkpoint.load), peers=groups) if ours.checkpoint.load else store.newest()
-    facts = run_facts(config, groups)
+    trainer = checkpoint.trainer if checkpoint else {}
     monitor = Monitor(
         ours.monitor,
         config.wandb,
         directory,
-        facts,
+        run_facts(config, groups),
         rank=groups.rank,
         config=config.model_dump(mode="json"),
-        step=checkpoint.step if checkpoint else 0,
+        step=trainer.get("step", 0),
+        samples=trainer.get("consumed_samples", 0),
+        tokens=trainer.get("consumed_tokens", 0),
         # A checkpoint of another run starts a new curve.
-        run_id=checkpoint.trainer["wandb_run_id"] if checkpoint and not ours.checkpoint.load else None,
+        run_id=trainer.get("wandb_run_id") if not ours.checkpoint.load else None,
         event_writer=engine.monitor.write_events if engine.monitor.enabled else None,
     )
+    plan = batch_plan(ours.training, config.train_batch_size, ours.model.seq_length)
+    warm = warmup_tokens(ours.training, plan, ours.model.seq_length)
     run = Run(
         config=config,
         groups=groups,
@@ -178,7 +198,10 @@ def _assemble(config: RunConfig, loaded: LoadedConfig, groups: Groups, directory
         weights=weights,
         loader=train_loader(config, groups, datasets),
         datasets=datasets,
-        learning_rate=LearningRate(ours.training, config.optimizer.params.lr),
+        batch_plan=plan,
+        learning_rate=LearningRate(ours.training, config.optimizer.params.lr, warm),
+        mtp_weight=TokenSchedule.parse(ours.training.mtp_loss_scaling_factor),
+        bias_rate=TokenSchedule.parse(ours.moe.moe_router_bias_update_rate if ours.moe else 0.0),
         store=store,
         monitor=monitor,
         flops_per_token=cost.flops_per_token(ours.model, ours.moe),
@@ -199,7 +222,6 @@ def train_loader(config: RunConfig, groups: Groups, datasets: Datasets) -> Batch
     return BatchLoader(
         datasets.train,
         micro_batch_size=config.train_micro_batch_size_per_gpu,
-        num_micro_batches=config.gradient_accumulation_steps,
         data_rank=groups.index("data"),
         data_size=groups.topology.data,
     )
@@ -229,8 +251,7 @@ def run_facts(config: RunConfig, groups: Groups) -> RunFacts:
     return RunFacts(
         name=ours.monitor.run_name,
         train_iters=ours.training.train_iters,
-        global_batch_size=config.train_batch_size,
-        tokens_per_step=config.train_batch_size * ours.model.seq_length,
+        seq_length=ours.model.seq_length,
         devices=groups.world_size,
         gradient_clipping=config.gradient_clipping,
         peak_flops=None if on_cpu else cost.device_peak(torch.get_device_module(device).get_device_name(device)),

@@ -19,6 +19,10 @@ class StepResult:
 
     loss: float
     """Mean over the counted tokens of the global batch, in nats."""
+    mtp_loss: float | None
+    """The same of the blocks that predict further tokens; None without such."""
+    batch_size: int
+    """Sequences of the global batch."""
     num_counted: int
     lr: float
     seconds: float
@@ -70,7 +74,9 @@ def record(run: Run, result: StepResult) -> None:
             step=run.step,
             consumed_samples=run.consumed_samples,
             consumed_tokens=run.consumed_tokens,
+            batch_size=result.batch_size,
             loss=result.loss,
+            mtp_loss=result.mtp_loss,
             counted_tokens=result.num_counted,
             lr=result.lr,
             grad_norm=engine.gradient_norm,
@@ -99,15 +105,23 @@ def step(run: Run) -> StepResult:
     num_counted = int(run.groups.sum_over("data", counts))
     data_seconds = time.perf_counter() - started
 
-    lr = run.learning_rate.at(run.step)
+    lr = run.learning_rate.at(run.step, run.consumed_samples, run.consumed_tokens)
     run.engine.set_learning_rate(lr)
-    loss_sum = run.engine.train_step(batches, num_counted=num_counted, step=run.step)
-    out_of_time = torch.tensor(float(run.groups.rank == 0 and run.out_of_time), device=loss_sum.device)
-    loss_sum, stop = run.groups.sum_over_world(torch.stack([loss_sum, out_of_time.double()])).tolist()
-    loss = loss_sum / max(num_counted, 1)
+    losses = run.engine.train_step(
+        batches,
+        num_counted=num_counted,
+        step=run.step,
+        mtp_weight=run.mtp_weight.at(run.consumed_tokens),
+        bias_rate=run.bias_rate.at(run.consumed_tokens),
+    )
+    out_of_time = losses.new_tensor([run.groups.rank == 0 and run.out_of_time])
+    main, mtp, stop = run.groups.sum_over_world(torch.cat([losses, out_of_time])).tolist()
+    loss, batch_size = main / max(num_counted, 1), run.batch_size
     run.advance(loss)
     return StepResult(
         loss=loss,
+        mtp_loss=mtp / max(num_counted, 1) if run.config.megatron_ds.model.mtp_num_layers else None,
+        batch_size=batch_size,
         num_counted=num_counted,
         lr=lr,
         seconds=time.perf_counter() - started,

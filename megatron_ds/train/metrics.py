@@ -24,10 +24,8 @@ class RunFacts:
 
     name: str
     train_iters: int
-    global_batch_size: int
-    """Sequences per optimizer step."""
-    tokens_per_step: int
-    """Tokens per optimizer step, padding included."""
+    seq_length: int
+    """Tokens of a sequence, padding included."""
     devices: int = 1
     """Ranks that compute: accelerators, or processes on a CPU."""
     gradient_clipping: float = 0.0
@@ -48,6 +46,8 @@ class StepRow:
     """Number of the step, from 1."""
     consumed_samples: int
     consumed_tokens: int
+    batch_size: int
+    """Sequences of this step, over all ranks."""
     loss: float
     """Mean over all counted tokens of the global batch, nats per token."""
     counted_tokens: int
@@ -60,11 +60,13 @@ class StepRow:
     """The optimizer left the weights as they were, because a gradient overflowed."""
     step_seconds: float
     data_seconds: float
-    """Share of ``step_seconds`` spent waiting for data."""
+    """Part of ``step_seconds`` spent waiting for data."""
     flops_per_token: float
     """Forward and backward of the model, without recomputation (model/cost.py)."""
     host_rss_bytes: int
     device_peak_bytes: int | None = None
+    mtp_loss: float | None = None
+    """Loss of the blocks that predict further tokens, before its weight; None without such."""
     expert_load: "ExpertLoad | None" = None
     """What the experts did, if the model has any; ``expert_load.py`` makes metrics of it."""
     extra: Mapping[str, float] = field(default_factory=dict)
@@ -103,9 +105,9 @@ def last(values: list[Value]) -> Value:
     return values[-1]
 
 
-def mean_rate(values: list[Value]) -> float:
-    """Rate over the whole interval: the harmonic mean of rates over equal amounts of work."""
-    return statistics.harmonic_mean(values)
+def mean_rate(values: list[Value], work: list[Value]) -> float:
+    """Rate over the whole interval: the harmonic mean of the steps' rates, weighted by how much work each did."""
+    return statistics.harmonic_mean(values, weights=work)
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ class Metric:
     """How a metric is measured and condensed."""
 
     unit: str
-    interval: Callable[[list[Value]], Value] = last
-    """Condenses the steps between two console lines into one value."""
+    interval: Callable[..., Value] = last
+    """Condenses the steps between two console lines into one value; ``mean_rate`` weighs them by their batch."""
     summary: Literal["min", "max", "mean"] | None = None
     """What stands for the whole run in W&B's run table; by default the newest value."""
 
@@ -125,6 +127,8 @@ METRICS: dict[str, Metric] = {
     "progress/samples": Metric("sequences"),
     "progress/eta_s": Metric("s"),
     "train/loss": Metric("nats/token", mean_of_finite, "min"),
+    "train/mtp_loss": Metric("nats/token", mean_of_finite, "min"),
+    "train/batch_size": Metric("sequences/step"),
     "train/supervised_tokens": Metric("tokens/step", mean_of_finite),
     "optim/lr": Metric("1"),
     "optim/grad_norm": Metric("1", last, "max"),
@@ -179,13 +183,15 @@ def metric(name: str) -> Metric:
 
 def step_metrics(row: StepRow, facts: RunFacts) -> dict[str, Value]:
     """Everything that follows from one step alone."""
-    per_device = facts.tokens_per_step / row.step_seconds / facts.devices
+    tokens = row.batch_size * facts.seq_length
+    per_device = tokens / row.step_seconds / facts.devices
     flops = per_device * row.flops_per_token
     metrics: dict[str, Value] = {
         "progress/step": row.step,
         "progress/tokens": row.consumed_tokens,
         "progress/samples": row.consumed_samples,
         "train/loss": float(row.loss),
+        "train/batch_size": row.batch_size,
         "train/supervised_tokens": row.counted_tokens,
         "optim/lr": float(row.lr),
         "optim/grad_norm": float(row.grad_norm),
@@ -197,8 +203,10 @@ def step_metrics(row: StepRow, facts: RunFacts) -> dict[str, Value]:
         "perf/tflops_per_device": flops / 1e12,
         "perf/data_wait_pct": 100 * row.data_seconds / row.step_seconds,
         "mem/host_rss_gib": row.host_rss_bytes / GIB,
-        "data/supervised_pct": 100 * row.counted_tokens / facts.tokens_per_step,
+        "data/supervised_pct": 100 * row.counted_tokens / tokens,
     }
+    if row.mtp_loss is not None:
+        metrics["train/mtp_loss"] = row.mtp_loss
     if facts.peak_flops is not None:
         metrics["perf/mfu_pct"] = 100 * flops / facts.peak_flops
     if facts.roof_flops is not None:
@@ -267,5 +275,8 @@ class Interval:
 
     def report(self) -> IntervalReport:
         """Condense what was collected."""
-        metrics = {name: metric(name).interval(values) for name, values in self._values.items()}
+        work, metrics = self._values["train/batch_size"], {}
+        for name, values in self._values.items():
+            condense = metric(name).interval
+            metrics[name] = condense(values, work) if condense is mean_rate else condense(values)
         return IntervalReport(metrics, self._skipped, self._nan)

@@ -90,6 +90,8 @@ class Monitor:
         rank: int,
         config: dict[str, Any],
         step: int = 0,
+        samples: int = 0,
+        tokens: int = 0,
         run_id: str | None = None,
         event_writer: EventWriter | None = None,
     ) -> None:
@@ -103,6 +105,8 @@ class Monitor:
             rank: Global rank of this process.
             config: The resolved configuration, for W&B.
             step: Optimizer steps already done, 0 for a new run.
+            samples: Sequences that they consumed.
+            tokens: Tokens that they consumed.
             run_id: W&B's id of this run, if a checkpoint knew it.
             event_writer: Receives (name, value, step) events: ``write_events`` of DeepSpeed's monitor.
 
@@ -116,7 +120,8 @@ class Monitor:
         self.run_id = run.run_id(run_id)
         self._ledger = Ledger(run.ledger)
         past = self._ledger.resume(step)
-        self._totals = Totals(past, step, facts)
+        progress = {"progress/step": step, "progress/tokens": tokens, "progress/samples": samples}
+        self._totals = Totals(past, progress, facts)
         self._console = open_console(facts, step, sys.stdout)
         self._watch = ExpertWatch(monitor, self._console.message)
         self._expert_load: ExpertLoad | None = None
@@ -234,13 +239,9 @@ class Monitor:
 class Totals:
     """Counts over the whole run, continued from the ledger, and what is left of it."""
 
-    def __init__(self, past: Past, step: int, facts: RunFacts) -> None:
+    def __init__(self, past: Past, progress: dict[str, Value], facts: RunFacts) -> None:
         last = past.last_step or {}
-        self.progress: dict[str, Value] = {
-            "progress/step": step,
-            "progress/tokens": last.get("progress/tokens", step * facts.tokens_per_step),
-            "progress/samples": last.get("progress/samples", step * facts.global_batch_size),
-        }
+        self.progress = progress
         self._nan_steps = last.get("health/nan_steps", 0)
         self._skipped_steps = last.get("optim/skipped_steps", 0)
         self._life: dict[str, Value] = {"health/restarts": past.restarts, "health/lost_steps": past.lost_steps}

@@ -9,10 +9,15 @@ from megatron_ds.config.flags import FLAGS, KNOWN, LEAVES_AT, flag_name, read_co
 from megatron_ds.config.help import help_text
 from megatron_ds.config.megatron_flags import ALIASES, ALWAYS, IMPLIED, REFUSED_FLAGS, SHORTHANDS, VALUES
 from megatron_ds.config.problems import Findings
+from megatron_ds.config.schema import LrPhase
+from megatron_ds.config.token_schedule import ScheduledBatch
 from megatron_ds.config.tree import LEAF_PATHS, LEAVES, OURS, full_path, lookup, write
-from megatron_ds.config.values import accepts, choices, element_types, members, unwrap
+from megatron_ds.config.values import accepts, choices, members, unwrap
 
 MODEL, MOE = (OURS, "model"), (OURS, "moe")
+LAYOUT = (OURS, "parallel", "pipeline_model_parallel_layout")
+TEXTS = {"^[LG]+$": "LG", unwrap(ScheduledBatch)[1]["pattern"]: "0:4", unwrap(LrPhase)[1]["pattern"]: "1K:constant"}
+"""A text of each form."""
 
 
 def read(text: str):
@@ -35,13 +40,13 @@ def example(annotation) -> tuple[str, object]:
         number = base(bounds.get("gt", bounds.get("ge", 0))) + (2 if base is int else 0.5)
         return str(number), number
     if base is str:
-        text = {"^[LG]+$": "LG"}.get(bounds.get("pattern", ""), "5")
+        text = TEXTS.get(bounds.get("pattern"), "5")
         return text, text
     if get_origin(base) is dict:
         return "a=x", {"a": ["x"]}
-    if int in element_types(annotation):
-        return "3 4", [3, 4]
-    return ("x y", ["x", "y"]) if get_args(base)[-1] is ... else ("0.5 0.25", [0.5, 0.25])
+    text, value = example(get_args(base)[0])
+    count = 2 if get_args(base)[-1] is ... else len(get_args(base))
+    return " ".join([text] * count), [value] * count
 
 
 def test_no_flag_has_two_meanings():
@@ -142,11 +147,22 @@ def test_variants_that_share_a_leaf_agree_on_how_it_is_written():
         ("--kv-lora-rank 16", (*MODEL, "attention", "kv_lora_rank"), 16),
         ("--rope-type rope", (*MODEL, "rope_scaling", "kind"), "default"),
         ("--rotary-scaling-factor 40", (*MODEL, "rope_scaling", "factor"), 40.0),
-        ("--pipeline-model-parallel-layout 2 3 2 1", (OURS, "parallel", "pipeline_model_parallel_layout"), [2, 3, 2, 1]),
-        ("--pipeline-model-parallel-layout [2]*3+[1]", (OURS, "parallel", "pipeline_model_parallel_layout"), [2, 2, 2, 1]),
-        ("--pipeline-model-parallel-layout none", (OURS, "parallel", "pipeline_model_parallel_layout"), None),
+        (
+            "--pipeline-model-parallel-layout 2 3 2 1",
+            (OURS, "parallel", "pipeline_model_parallel_layout"),
+            [2, 3, 2, 1],
+        ),
+        (
+            "--pipeline-model-parallel-layout [2]*3+[1]",
+            (OURS, "parallel", "pipeline_model_parallel_layout"),
+            [2, 2, 2, 1],
+        ),
+        ("--pipeline-model-parallel-layout none", LAYOUT, None),
         ("--enable-zbh1-pipeline", (OURS, "parallel", "schedule", "kind"), "zb_h1"),
         ("--no-sequence-parallel", (OURS, "parallel", "sequence_parallel"), False),
+        ("--moe-router-bias-update-rate 0", (*MOE, "moe_router_bias_update_rate"), 0.0),
+        ("--rampup-batch-size 4 4 100", (OURS, "training", "rampup_batch_size"), [4, 4, 100]),
+        ("--lr-phases 10T:constant", (OURS, "training", "lr_phases"), ["10T:constant"]),
         ("--dead-expert-steps 7", (OURS, "monitor", "dead_expert_steps"), 7),
     ],
 )

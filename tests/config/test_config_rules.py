@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from schedule_cases import SCHEDULE_CASES
 
 from megatron_ds.config.check import check
 from megatron_ds.config.problems import Findings
@@ -569,7 +570,7 @@ MOE_CASES = {
         ),
     ],
 }
-CASES |= MOE_CASES
+CASES |= MOE_CASES | SCHEDULE_CASES
 ROWS = [(name, *case) for name, cases in CASES.items() for case in cases]
 
 

@@ -33,8 +33,8 @@ def build(*words, seed=1, vocab_size=100, eod_id=EOD, seq_length=SEQ, **data):
     )
 
 
-def make_loader(dataset, micro=2, steps=3, rank=0, size=1):
-    return BatchLoader(dataset, micro_batch_size=micro, num_micro_batches=steps, data_rank=rank, data_size=size)
+def make_loader(dataset, micro=2, rank=0, size=1):
+    return BatchLoader(dataset, micro_batch_size=micro, data_rank=rank, data_size=size)
 
 
 def equal(a: Batch, b: Batch):
@@ -104,10 +104,9 @@ def test_first_samples_do_not_depend_on_ranks_or_on_length(corpora):
     assert ids != build(*words, seed=2).train.sample_ids(0, 2 * count)
     rows = [reference[k].token_S1[:-1].tolist() for k in range(count)]
     for micro, steps, size in ((12, 1, 1), (3, 4, 1), (3, 2, 2), (1, 3, 4), (6, 1, 2)):
-        loaders = [make_loader(build(*words).train, micro, steps, rank, size) for rank in range(size)]
-        assert all(loader.global_batch_size == 12 for loader in loaders)
+        loaders = [make_loader(build(*words).train, micro, rank, size) for rank in range(size)]
         for consumed in range(0, count, 12):
-            batches = [loader.global_batch(consumed) for loader in loaders]
+            batches = [loader.global_batch(consumed, steps) for loader in loaders]
             seen = [
                 row for step in range(steps) for rank in range(size) for row in batches[rank][step].token_BS.tolist()
             ]
@@ -117,21 +116,21 @@ def test_first_samples_do_not_depend_on_ranks_or_on_length(corpora):
 
 
 def test_megatrons_slices():
-    loader = make_loader(None, micro=2, steps=3, rank=1, size=4)
+    loader = make_loader(None, micro=2, rank=1, size=4)
     assert [list(loader.micro_batch_samples(100, m)) for m in range(3)] == [[102, 103], [110, 111], [118, 119]]
     loader.close()
 
 
 def test_global_batch_is_pure(corpora):
-    """In order (prefetched), repeated and out of order, the answer is that of a fresh loader."""
+    """In order (prefetched), repeated, out of order, longer and shorter: the answer is that of a fresh loader."""
     train = build(corpora[0]).train
     loader = make_loader(train)
-    for consumed in (0, 6, 12, 12, 600, 6, 0, 12):
+    for consumed, steps in ((0, 3), (6, 3), (12, 5), (22, 5), (32, 2), (12, 3), (600, 3), (6, 1), (0, 3), (12, 3)):
         fresh = make_loader(train)
-        expected = fresh.global_batch(consumed)
+        expected = fresh.global_batch(consumed, steps)
         fresh.close()
-        got = loader.global_batch(consumed)
-        assert len(got) == 3 and all(map(equal, got, expected))
+        got = loader.global_batch(consumed, steps)
+        assert len(got) == steps and all(map(equal, got, expected))
     loader.close()
     loader.close()
 
@@ -148,8 +147,8 @@ def test_the_next_batch_is_built_in_one_background_thread(corpora):
 
     before = threading.active_count()
     loader = make_loader(Recording())
-    loader.global_batch(0)
-    loader.global_batch(6)
+    loader.global_batch(0, 3)
+    loader.global_batch(6, 3)
     loader.close()
     assert [k for k, _ in built][:12] == list(range(12))
     assert len({name for _, name in built}) == 1 and "batch_loader" in built[0][1]
@@ -165,7 +164,7 @@ def test_errors_of_the_background_thread_come_out(corpora):
 
     loader = make_loader(Broken())
     with pytest.raises(DataError, match="sample 0"):
-        loader.global_batch(0)
+        loader.global_batch(0, 1)
     loader.close()
 
 
@@ -179,11 +178,10 @@ def test_an_evaluation_counts_every_target_once(corpora, size):
     assert len(dataset) == len(index) and (index.num_tokens - 1) % SEQ, "the set should have a tail"
     targets = []
     for rank in range(size):
-        loader = make_loader(dataset, 2, 2, rank, size)
-        count = -(-len(dataset) // loader.global_batch_size)
-        assert len(dataset) % loader.global_batch_size, "the last global batch should be incomplete"
-        for step in range(count):
-            for batch in loader.global_batch(step * loader.global_batch_size):
+        loader, global_batch = make_loader(dataset, 2, rank, size), 2 * 2 * size
+        assert len(dataset) % global_batch, "the last global batch should be incomplete"
+        for step in range(-(-len(dataset) // global_batch)):
+            for batch in loader.global_batch(step * global_batch, 2):
                 targets += batch.label_BS[batch.counted_BS].tolist()
         loader.close()
     stream = [t for d in index.documents for t in index.dataset.document(d).tolist()]
@@ -276,7 +274,7 @@ def test_masking_needs_an_end_of_document(corpora):
         build(corpora[0], eod_id=None, eod_mask_loss=True)
     masked = build(corpora[0], eod_mask_loss=True).train
     loader = make_loader(masked)
-    batch = loader.global_batch(0)[0]
+    batch = loader.global_batch(0, 1)[0]
     loader.close()
     assert torch.equal(batch.counted_BS, batch.token_BS != EOD) and not batch.counted_BS.all()
 

@@ -30,13 +30,12 @@ from megatron_ds.train.metrics import (
     step_metrics,
 )
 
-FACTS = RunFacts(
-    name="tiny", train_iters=1000, global_batch_size=128, tokens_per_step=4096, devices=2, gradient_clipping=1.0
-)
+FACTS = RunFacts(name="tiny", train_iters=1000, seq_length=32, devices=2, gradient_clipping=1.0)
 ROW = StepRow(
     step=10,
     consumed_samples=1280,
     consumed_tokens=40960,
+    batch_size=128,
     loss=6.812345,
     counted_tokens=4000,
     lr=1.5e-4,
@@ -74,6 +73,7 @@ def test_step_metrics_are_the_arithmetic_of_the_facts():
         "progress/tokens": 40960,
         "progress/samples": 1280,
         "train/loss": 6.812345,
+        "train/batch_size": 128,
         "train/supervised_tokens": 4000,
         "optim/lr": 1.5e-4,
         "optim/grad_norm": 1.234,
@@ -115,6 +115,23 @@ def test_an_interval_condenses_each_metric_by_its_rule():
     assert value["perf/step_s"] == pytest.approx(1.024)
     # 2 x 4096 tokens in 2.048 s
     assert value["perf/tokens_per_s"] == pytest.approx(4000.0)
+
+
+def test_rates_of_an_interval_in_which_the_batch_grows():
+    double = replaced(ROW, batch_size=256, step_seconds=0.768)
+    value = interval_of(ROW, double).metrics
+    assert value["train/batch_size"] == 256
+    # 3 x 4096 tokens in 1.28 s
+    assert value["perf/tokens_per_s"] == pytest.approx(9600.0)
+    assert "| global batch size:   256 |" in iteration_line(interval_of(ROW, double), FACTS, datetime(2026, 8, 1))
+
+
+def test_the_loss_of_further_tokens_is_shown_beside_the_main_one():
+    assert "train/mtp_loss" not in step_metrics(ROW, FACTS)
+    report = interval_of(replaced(ROW, mtp_loss=7.5))
+    assert report.metrics["train/mtp_loss"] == 7.5
+    line = iteration_line(report, FACTS, datetime(2026, 8, 1))
+    assert "| lm loss: 6.812345E+00 | mtp loss: 7.500000E+00 | loss scale: 1.0 |" in line
 
 
 def test_losses_that_are_not_finite_are_counted_and_left_out_of_the_mean():

@@ -29,8 +29,7 @@ from megatron_ds.train.run_directory import RunDirectory
 FACTS = RunFacts(
     name="tiny",
     train_iters=40,
-    global_batch_size=4,
-    tokens_per_step=128,
+    seq_length=32,
     devices=2,
     gradient_clipping=1.0,
     peak_flops=1e12,
@@ -58,7 +57,9 @@ def row_of(step):
         step=step,
         consumed_samples=4 * step,
         consumed_tokens=128 * step,
+        batch_size=4,
         loss=loss_of(step),
+        mtp_loss=loss_of(step),
         counted_tokens=120,
         lr=1e-3 / step,
         grad_norm=1.5 if step % 2 else 0.5,
@@ -87,6 +88,8 @@ def monitored(run_dir, first, last, drill="", rank=0):
         rank=rank,
         config=config,
         step=first - 1,
+        samples=4 * (first - 1),
+        tokens=128 * (first - 1),
         event_writer=events.extend,
     )
     monitor.message("header")
