@@ -42,7 +42,7 @@ class ColumnParallelLinear(Linear):
 
     def __init__(self, in_features: int, out_features: int, tensor: TensorRanks = ALONE, parts: int | None = None):
         """``out_features``: of the whole layer; ``parts``: see ``TensorRanks.shard``."""
-        super().__init__(in_features, out_features // (parts or tensor.size))
+        super().__init__(in_features, tensor.share(out_features, parts))
         tensor.shard(self.weight, 0, parts)
 
 
@@ -51,7 +51,7 @@ class RowParallelLinear(Linear):
 
     def __init__(self, in_features: int, out_features: int, tensor: TensorRanks = ALONE):
         """``in_features``: of the whole layer."""
-        super().__init__(in_features // tensor.size, out_features)
+        super().__init__(tensor.share(in_features), out_features)
         tensor.shard(self.weight, 1)
 
 

@@ -41,10 +41,11 @@ class TensorRanks:
         """Whether each rank has only its part of the sequence between regions."""
         return self.size > 1 and self.sequence_parallel
 
-    def share(self, whole: int) -> int:
-        """Size of this rank's part of ``whole`` rows, columns or heads; one, which neighbours share, if too few."""
-        assert whole % self.size == 0 or self.size % whole == 0, f"{whole} among {self.size} ranks"
-        return max(whole // self.size, 1)
+    def share(self, whole: int, parts: int | None = None) -> int:
+        """Size of this rank's part of ``whole`` rows, columns or heads; ``parts``: see ``shard``."""
+        parts = parts or self.size
+        assert whole % parts == 0, f"{whole} cannot be cut into {parts} parts"
+        return whole // parts
 
     def shard(self, parameter: nn.Parameter, dim: int, parts: int | None = None) -> nn.Parameter:
         """Tag a parameter that holds this rank's part along ``dim``; returns it.
@@ -54,6 +55,7 @@ class TensorRanks:
         """
         if self.size > 1:
             parts = parts or self.size
+            assert self.size % parts == 0, f"{self.size} ranks cannot share {parts} parts"
             copies = self.size // parts
             Shard("tensor", dim, self.index // copies, parts, copies).attach(parameter)
         return parameter

@@ -97,11 +97,11 @@ def distances(ranks, block, whole, x, call=lambda module, x: module(x), columns=
     return result | gradient_distances(ranks, block, whole)
 
 
-def run_blocks(function, size, sequence_parallel, *arguments):
+def run_blocks(function, size, sequence_parallel, *arguments, tolerance=TOLERANCE):
     """Run ``function(groups, *arguments)``; every distance on every rank is small."""
     layout = {"tensor_model_parallel_size": size, "sequence_parallel": sequence_parallel}
     for rank, result in enumerate(run_ranks(function, size, *arguments, parallel=layout)):
-        far = {name: value for name, value in result.items() if not value <= TOLERANCE}
+        far = {name: value for name, value in result.items() if not value <= tolerance}
         assert result and not far, f"rank {rank}: {far}"
 
 
@@ -153,10 +153,11 @@ def test_the_shortest_stretch(size):
     run_blocks(layer, size, True, [model("local", groups=1)], size)
 
 
-def whole_model(groups, config, recompute):
+def whole_model(groups, config, recompute=None, dtype=torch.float32):
     ranks = groups.tensor
     decoder, whole = Decoder(config, groups=groups, recompute=recompute), Decoder(config)
     fill(decoder, whole)
+    decoder, whole = decoder.to(dtype), whole.to(dtype)
     token_BS = torch.randint(41, (2, LENGTH), generator=torch.Generator().manual_seed(3))
     label_T, counted_T = token_BS.roll(-1, 1).flatten(), draw(2 * LENGTH, seed=5) > -0.5
     losses = []
@@ -172,12 +173,19 @@ def whole_model(groups, config, recompute):
 @pytest.mark.parametrize("changes", [{}, {"untie_embeddings_and_output_weights": True, "hidden_dropout": 0.2}])
 def test_a_whole_model(size, sequence_parallel, changes):
     """Its loss and every gradient; hidden dropout draws the masks of one process."""
-    run_blocks(whole_model, size, sequence_parallel, model("soft_gate_lse", groups=2, **changes), None)
+    run_blocks(whole_model, size, sequence_parallel, model("soft_gate_lse", groups=2, **changes))
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recompute_communicates_in_step(recompute):
     run_blocks(whole_model, 2, True, model("local", groups=1, hidden_dropout=0.2), recompute)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(sequence_parallel, dtype):
+    config = model("soft_gate_lse", groups=1, hidden_dropout=0.2)
+    run_blocks(whole_model, 2, sequence_parallel, config, None, dtype, tolerance=16 * torch.finfo(dtype).eps)
 
 
 def attention_masks(groups, config):

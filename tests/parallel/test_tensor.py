@@ -80,9 +80,11 @@ def test_alone_there_is_no_way_to_go():
 def test_shares():
     """Heads that are fewer than ranks are each on several neighbours."""
     four = [tensor_module.TensorRanks(index, 4) for index in range(4)]
-    assert [ranks.share(8) for ranks in four] == [2] * 4 and four[0].share(2) == 1
-    with pytest.raises(AssertionError, match="6 among 4"):
+    assert [ranks.share(8) for ranks in four] == [2] * 4 and four[0].share(10, 2) == 5
+    with pytest.raises(AssertionError, match="6 cannot be cut into 4 parts"):
         four[0].share(6)
+    with pytest.raises(AssertionError, match="4 ranks cannot share 3 parts"):
+        four[0].shard(nn.Parameter(torch.zeros(5, 3)), 0, 3)
     parameters = [ranks.shard(nn.Parameter(torch.zeros(5, 3)), 0, 2) for ranks in four]
     assert [box_of(p)[0] for p in parameters] == [(0, 5), (0, 5), (5, 10), (5, 10)]
     assert full_shape(parameters[0]) == (10, 3) and all(map(needs_sum, parameters))
