@@ -122,7 +122,7 @@ def ours(logit_RTE: Tensor, topk: int) -> Usage:
     moe = MoEConfig(num_experts=experts, moe_router_topk=topk, router={"kind": "softmax", "fine": "none"})
     x_TD = logit_RTE.flatten(0, 1)
     routing = make_router(moe)(x_TD)
-    weight_TK, expert_TK = Balance(moe).limit(routing)
+    weight_TK, expert_TK = Balance(moe).limit(routing, 1)
     stack = Experts(experts, experts, experts)
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter)
@@ -184,7 +184,7 @@ def kept_assignments(experts: int, topk: int, skew: float, draw: int) -> dict[st
         if step >= WARM_UP_STEPS:
             assert len({int(balance.slots(TOKENS).sum()) for balance in balances.values()}) == 1
             for kind, balance in balances.items():
-                kept[kind] += sum(int((balance.limit(routing)[1] >= 0).sum()) for routing in routings)
+                kept[kind] += sum(int((balance.limit(routing, 1)[1] >= 0).sum()) for routing in routings)
         for balance in balances.values():
             balance.update(load_of(routings, experts))
     return kept

@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_ds.config.schema import ParallelConfig
 from megatron_ds.parallel.ring import Ring
 from megatron_ds.parallel.shard import shards_of
-from megatron_ds.parallel.tensor import TensorRanks
+from megatron_ds.parallel.tensor import ALONE, TensorRanks
 from megatron_ds.parallel.topology import Axis, Topology
 
 
@@ -59,6 +59,8 @@ class Groups:
     """None when every rank has all experts."""
     tensor: TensorRanks
     """The ranks that share this one's matrices."""
+    expert_tensor: TensorRanks
+    """The ranks that share the matrices of every expert here: those of ``tensor``, or this one alone."""
 
     @property
     def world_size(self) -> int:
@@ -180,6 +182,12 @@ def build_groups(parallel: ParallelConfig) -> Groups:
         expert=parallel.expert_model_parallel_size,
     )
     device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
+    tensor = TensorRanks(
+        index=topology.coordinate(rank, "tensor"),
+        size=topology.tensor,
+        group=_group_along("tensor", topology, rank),
+        sequence_parallel=parallel.sequence_parallel,
+    )
     return Groups(
         topology=topology,
         rank=rank,
@@ -190,12 +198,8 @@ def build_groups(parallel: ParallelConfig) -> Groups:
         gradients=_group_along("pipe", topology, rank),
         replica=_group_along("replica", topology, rank),
         experts=_expert_groups(topology, rank, parallel.expert_ranks_per_node) if topology.expert > 1 else None,
-        tensor=TensorRanks(
-            index=topology.coordinate(rank, "tensor"),
-            size=topology.tensor,
-            group=_group_along("tensor", topology, rank),
-            sequence_parallel=parallel.sequence_parallel,
-        ),
+        tensor=tensor,
+        expert_tensor=tensor if parallel.expert_tensor_parallel_size > 1 else ALONE,
     )
 
 

@@ -136,7 +136,7 @@ def keep_by_hand(routing, slots, policy):
 
 def test_dropless_changes_nothing():
     routing, _ = route()
-    weight_TK, expert_TK = Balance(moe()).limit(routing)
+    weight_TK, expert_TK = Balance(moe()).limit(routing, 1)
     assert weight_TK is routing.weight_TK and expert_TK is routing.expert_TK
 
 
@@ -147,7 +147,7 @@ def test_drops_what_the_policy_says(kind, policy, factor):
     if kind == "dynamic":
         balance.share.copy_(draw(EXPERTS, seed=3).abs())
     routing, router = route()
-    weight_TK, expert_TK = balance.limit(routing)
+    weight_TK, expert_TK = balance.limit(routing, 1)
     expected_weight_TK, expected_expert_TK = keep_by_hand(routing, balance.slots(TOKENS).tolist(), policy)
     assert torch.equal(expert_TK, expected_expert_TK) and torch.equal(weight_TK, expected_weight_TK)
     (got,) = torch.autograd.grad(weight_TK.square().sum(), router.weight, retain_graph=True)
@@ -159,14 +159,14 @@ def test_of_equal_weights_the_first_tokens_stay():
     balance = limited("fixed", 0.5)
     expert_TK = torch.tensor([[0, 1, 2]] * 14)
     routing = Routing(torch.full((14, 3), 1 / 3), expert_TK, torch.empty(0), torch.empty(0))
-    _, kept_TK = balance.limit(routing)
+    _, kept_TK = balance.limit(routing, 1)
     assert balance.slots(14).tolist() == [3] * EXPERTS
     assert kept_TK.tolist() == [[0, 1, 2]] * 3 + [[-1, -1, -1]] * 11
 
 
 @pytest.mark.parametrize("kind", ["fixed", "dynamic"])
 def test_no_tokens(kind):
-    weight_TK, expert_TK = limited(kind).limit(route(tokens=0)[0])
+    weight_TK, expert_TK = limited(kind).limit(route(tokens=0)[0], 1)
     assert weight_TK.shape == expert_TK.shape == (0, TOPK)
 
 
@@ -204,7 +204,7 @@ def test_capacity_that_follows_the_load_keeps_all_that_fits(factor, seed):
     fixed, dynamic = limited("fixed", factor), limited("dynamic", factor, min_share=1e-6, max_share=EXPERTS)
     load_E = routing.expert_TK.flatten().bincount(minlength=EXPERTS)
     dynamic.share.copy_(load_E / load_E.double().mean())
-    kept = {b: int((b.limit(routing)[1] >= 0).sum()) for b in (fixed, dynamic)}
+    kept = {b: int((b.limit(routing, 1)[1] >= 0).sum()) for b in (fixed, dynamic)}
     assert kept[dynamic] >= min(400 * TOPK, int(dynamic.slots(400).sum())) - 1  # one where a whole quota was rounded
     assert kept[dynamic] > kept[fixed]
 
@@ -217,7 +217,7 @@ def test_counts_of_a_step():
     expected = torch.zeros(2, EXPERTS, dtype=torch.int64)
     for micro_batch in range(3):
         routing, _ = route(tokens=20 + micro_batch, seed=micro_batch)
-        _, kept_TK = balance.limit(routing)
+        _, kept_TK = balance.limit(routing, 1)
         for chosen_row, kept_row in zip(routing.expert_TK.tolist(), kept_TK.tolist()):
             for chosen, kept in zip(chosen_row, kept_row):
                 expected[0, chosen] += 1

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.model.moe.router import Router, best
+from megatron_ds.model.moe.router import Router, best, jitter
+from megatron_ds.parallel.tensor import ALONE, TensorRanks
 
 EXPERTS, WIDTH = 12, 10
 
@@ -16,8 +17,8 @@ def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def build(kind, fine="bias", topk=3, width=WIDTH, jitter=0.0, **options):
-    moe = {"num_experts": EXPERTS, "moe_router_topk": topk, "moe_input_jitter_eps": jitter}
+def build(kind, fine="bias", topk=3, width=WIDTH, **options):
+    moe = {"num_experts": EXPERTS, "moe_router_topk": topk}
     router = Router(width, MoEConfig(**moe, router={"kind": kind, "fine": fine, **options}))
     router.weight.data = draw(EXPERTS, width, seed=1)
     if router.refine is not None:
@@ -209,25 +210,26 @@ def test_company_changes_nothing():
 
 
 def test_jitter():
-    router, x = build("softmax", jitter=0.1), draw(200, WIDTH)
-    noisy = router(x, jitter_seed=5)
-    assert torch.equal(noisy.logit_TE, router(x, jitter_seed=5).logit_TE)
-    assert not torch.equal(noisy.logit_TE, router(x, jitter_seed=6).logit_TE)
-    with pytest.raises(AssertionError, match="jitter_seed"):
-        router(x)
-    state = torch.get_rng_state()
-    router(x, jitter_seed=7)
+    x_BSD, state = draw(3, 7, WIDTH), torch.get_rng_state()
+    noise_BSD = jitter(x_BSD, 0.1, 5, ALONE)
+    assert noise_BSD.shape == x_BSD.shape and torch.equal(noise_BSD, jitter(x_BSD.bfloat16(), 0.1, 5, ALONE))
+    assert not torch.equal(noise_BSD, jitter(x_BSD, 0.1, 6, ALONE))
     assert torch.equal(state, torch.get_rng_state())
-    router.eval()
-    assert torch.equal(router(x, jitter_seed=5).logit_TE, router(x).logit_TE)
+    router, x_TD, noise_TD = build("softmax"), x_BSD.flatten(0, 1), noise_BSD.flatten(0, 1)
+    assert torch.equal(router(x_TD, noise_TD).logit_TE, router(x_TD * noise_TD).logit_TE)
 
 
-def test_jitter_multiplies_the_input_by_uniform_noise():
-    router = build("softmax", width=EXPERTS, jitter=0.25)
-    router.weight.data = torch.eye(EXPERTS)
-    factor = router(torch.full((2000, EXPERTS), 3.0), jitter_seed=1).logit_TE / 3
-    assert 0.75 <= factor.min() < 0.752 and 1.248 < factor.max() <= 1.25
-    assert abs(factor.mean() - 1) < 0.005 and abs(factor.std() - 0.5 / 12**0.5) < 0.005
+def test_jitter_is_uniform():
+    noise_BSD = jitter(torch.empty(2, 1000, EXPERTS, dtype=torch.bfloat16), 0.25, 1, ALONE)
+    assert noise_BSD.dtype == torch.float32
+    assert 0.75 <= noise_BSD.min() < 0.752 and 1.248 < noise_BSD.max() <= 1.25
+    assert abs(noise_BSD.mean() - 1) < 0.005 and abs(noise_BSD.std() - 0.5 / 12**0.5) < 0.005
+
+
+def test_ranks_that_share_the_sequence_share_the_noise():
+    whole_BSD = jitter(torch.empty(2, 9, WIDTH), 0.1, 5, ALONE)
+    parts = [jitter(torch.empty(2, 3, WIDTH), 0.1, 5, TensorRanks(index, 3)) for index in range(3)]
+    assert torch.equal(torch.cat(parts, dim=1), whole_BSD)
 
 
 def test_no_tokens():

@@ -8,7 +8,9 @@ of a step. So lambda sums to the number of experts, and 1 is balance. It drives 
     capacity         a total of slots shared out in proportion to lambda; see ``Balance.limit``
 
 ``record`` counts while the micro-batches run; after the step the caller sums ``take_counts`` over all ranks and hands
-the sum to ``update``. Nothing here communicates. Only training calls any of this: evaluation is dropless.
+the sum to ``update``. A micro-batch whose tokens tensor-parallel ranks have shared out is one all the same: losses and
+capacity are those of the whole, and this is all that is communicated here. Only training calls any of this: evaluation
+is dropless.
 """
 
 import math
@@ -19,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_ds.config.moe_schema import Capacity, Dropless, DynamicCapacity, MoEConfig
 from megatron_ds.model.moe.router import Fp32Buffers, Routing
+from megatron_ds.parallel.tensor import ALONE, TensorRanks
 
 
 class Balance(Fp32Buffers):
@@ -29,9 +32,10 @@ class Balance(Fp32Buffers):
         share: fp32 buffer [E], the running mean of lambda; only with dynamic capacity.
     """
 
-    def __init__(self, moe: MoEConfig):
+    def __init__(self, moe: MoEConfig, ranks: TensorRanks = ALONE):
+        """``ranks``: those that share every micro-batch, each with its stretch of all sequences."""
         super().__init__()
-        self.moe = moe
+        self.moe, self.ranks = moe, ranks
         self.register_buffer("load_factor", torch.ones(moe.num_experts, dtype=torch.float32))
         if isinstance(moe.capacity, DynamicCapacity):
             self.register_buffer("share", torch.ones(moe.num_experts, dtype=torch.float32))
@@ -48,49 +52,72 @@ class Balance(Fp32Buffers):
         - global: lambda of the last step in place of f, so that the whole global batch counts;
         - z: mean square of the log-sum-exp of the logits (arXiv:2202.08906).
 
-        The gradient goes through P and the logits; f and lambda are constants.
+        The gradient goes through P and the logits; f and lambda are constants. Ranks that share the micro-batch have
+        the same losses, and each the gradient of its own tokens.
 
         Args:
-            routing: of the B * S tokens of the micro-batch, sequence after sequence.
+            routing: of the B * S tokens of the micro-batch, or this rank's part of them, sequence after sequence.
             batch_size: B.
         """
         moe = self.moe
         losses = (
-            (moe.moe_aux_loss_coeff, lambda: _imbalance(routing, 1)),
-            (moe.moe_seq_aux_loss_coeff, lambda: _imbalance(routing, batch_size)),
-            (moe.moe_global_aux_loss_coeff, lambda: (self.load_factor * routing.probability_TE.mean(dim=0)).sum()),
-            (moe.moe_z_loss_coeff, lambda: routing.logit_TE.logsumexp(dim=1).square().mean()),
+            (moe.moe_aux_loss_coeff, lambda: self._imbalance(routing, 1)),
+            (moe.moe_seq_aux_loss_coeff, lambda: self._imbalance(routing, batch_size)),
+            (moe.moe_global_aux_loss_coeff, lambda: self.load_factor @ self._whole(routing.probability_TE.mean(dim=0))),
+            (moe.moe_z_loss_coeff, lambda: self._whole(routing.logit_TE.logsumexp(dim=1).square().mean())),
         )
         terms = [coefficient * loss() for coefficient, loss in losses if coefficient > 0]
         return torch.stack(terms).sum() if terms else None
 
-    def limit(self, routing: Routing) -> tuple[Tensor, Tensor]:
+    def _imbalance(self, routing: Routing, parts: int) -> Tensor:
+        """Sum over the experts of f P in each of equal parts of the tokens, then the mean over the parts."""
+        chosen_TE = torch.zeros_like(routing.probability_TE).scatter_(1, routing.expert_TK, 1.0)
+        means = [x.unflatten(0, (parts, -1)).mean(dim=1) for x in (chosen_TE, routing.probability_TE)]
+        chosen_PE, probability_PE = self._whole(torch.stack(means))
+        frequency_PE = chosen_PE * (chosen_TE.shape[1] / routing.expert_TK.shape[1])
+        return (frequency_PE * probability_PE).sum(dim=1).mean()
+
+    def _whole(self, mean: Tensor) -> Tensor:
+        """Mean over the tokens of all ranks, from that over this one's."""
+        return self.ranks.sum(mean) / self.ranks.size
+
+    def limit(self, routing: Routing, batch_size: int) -> tuple[Tensor, Tensor]:
         """Drop the assignments of one micro-batch that find no slot; without a capacity, none.
 
         Each expert keeps as many as it has ``slots``: those of largest weight ("probs"; of equal weights the first
         tokens), or those of the first tokens ("position"). The weights that are kept stay as they are.
 
+        Args:
+            routing, batch_size: as for ``auxiliary_loss``.
+
         Returns:
             weight_TK, zero where dropped, and expert_TK, -1 where dropped.
         """
-        capacity = self.moe.capacity
-        if isinstance(capacity, Dropless):
+        if isinstance(self.moe.capacity, Dropless):
             return routing.weight_TK, routing.expert_TK
-        expert_A = routing.expert_TK.flatten()
+        weight_BSK, expert_BSK = (
+            self.ranks.join(x.unflatten(0, (batch_size, -1))) for x in (routing.weight_TK.detach(), routing.expert_TK)
+        )
+        dropped_TK = self.ranks.stretch(self._overflow(weight_BSK, expert_BSK)).flatten(0, 1)
+        return routing.weight_TK.masked_fill(dropped_TK, 0.0), routing.expert_TK.masked_fill(dropped_TK, -1)
+
+    def _overflow(self, weight_BSK: Tensor, expert_BSK: Tensor) -> Tensor:
+        """bool [B, S, K]: the assignments that find no slot, among those of a whole micro-batch."""
+        expert_A = expert_BSK.flatten()
         priority_A = torch.arange(len(expert_A), device=expert_A.device)
-        if capacity.drop_policy == "probs":
-            priority_A = routing.weight_TK.detach().flatten().argsort(descending=True, stable=True)
+        if self.moe.capacity.drop_policy == "probs":
+            priority_A = weight_BSK.flatten().argsort(descending=True, stable=True)
         # The assignments expert by expert, each expert's own by priority: the place among these decides.
         queue_A = priority_A[expert_A[priority_A].argsort(stable=True)]
         count_E = expert_A.bincount(minlength=self.moe.num_experts)
         start_E = count_E.cumsum(0) - count_E
         place_A = torch.empty_like(queue_A).scatter_(0, queue_A, torch.arange(len(queue_A), device=queue_A.device))
         place_A -= start_E[expert_A]
-        dropped_TK = (place_A >= self.slots(len(routing.expert_TK))[expert_A]).view_as(routing.expert_TK)
-        return routing.weight_TK.masked_fill(dropped_TK, 0.0), routing.expert_TK.masked_fill(dropped_TK, -1)
+        num_tokens = len(expert_A) // self.moe.moe_router_topk
+        return (place_A >= self.slots(num_tokens)[expert_A]).view_as(expert_BSK)
 
     def slots(self, num_tokens: int) -> Tensor:
-        """Slots of each expert, int64 [E], for a micro-batch of this many tokens on this rank.
+        """Slots of each expert, int64 [E], for a micro-batch of this many tokens.
 
         Fixed: ceil(factor * tokens * K / E) each. Dynamic: the same total, in proportion to the clamped ``share``.
         """
@@ -143,14 +170,6 @@ class Balance(Fp32Buffers):
         self.load_factor.copy_(torch.where(mean > 0, load_E / mean, 1.0))
         if isinstance(self.moe.capacity, DynamicCapacity):
             self.share.lerp_(self.load_factor, 1 - self.moe.capacity.smoothing)
-
-
-def _imbalance(routing: Routing, parts: int) -> Tensor:
-    """Sum over the experts of f P in each of equal parts of the tokens, then the mean over the parts."""
-    chosen_TE = torch.zeros_like(routing.probability_TE).scatter_(1, routing.expert_TK, 1.0)
-    chosen_PE, probability_PE = (x.unflatten(0, (parts, -1)).mean(dim=1) for x in (chosen_TE, routing.probability_TE))
-    frequency_PE = chosen_PE * (chosen_TE.shape[1] / routing.expert_TK.shape[1])
-    return (frequency_PE * probability_PE).sum(dim=1).mean()
 
 
 def apportion(total: int, share_E: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.model.moe.exchange import Level, Stage
 from megatron_ds.model.moe.experts import Assignment, Experts, PendingWeights
+from megatron_ds.parallel.deferred import weight_gradients
 from megatron_ds.parallel.ring import Ring, Traffic
 
 if TYPE_CHECKING:  # importing it starts DeepSpeed, which an export does not need
@@ -63,7 +64,10 @@ class OverlappedDispatcher(Dispatcher):
 
 
 class AllToAllDispatcher(Dispatcher):
-    """A row per assignment, one collective each way, nothing at the same time as anything else."""
+    """A row per assignment, one collective each way, nothing at the same time as anything else.
+
+    Autograd computes the weight gradients of the experts along with the rest, so they never wait (``deferred.py``).
+    """
 
     def __call__(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: Experts) -> Tensor:
         (ring,) = self._rings
@@ -130,12 +134,17 @@ class _Exchange(torch.autograd.Function):
         pending: list[PendingWeights] = []
         grad_experts: list[Tensor | None] = [None, None]
 
-        def weight_gradients() -> None:
+        def compute() -> tuple[Tensor, Tensor]:
+            gradients = ctx.experts.weight_gradients(pending)
+            pending.clear()  # what waits may be kept for a while after it has run
+            return gradients
+
+        def meanwhile() -> None:
             if any(ctx.needs_input_grad[2:4]):
-                grad_experts[:] = ctx.experts.weight_gradients(pending)
+                grad_experts[:] = weight_gradients([ctx.experts.gate_up, ctx.experts.down], compute)
 
         with ctx.traffic.exchange():
-            grad_x_TD, grad_weight_A = ctx.stage.backward(saved, grad_y_TD.contiguous(), pending, weight_gradients)
+            grad_x_TD, grad_weight_A = ctx.stage.backward(saved, grad_y_TD.contiguous(), pending, meanwhile)
         shape, dtype = ctx.weight
         grad_weight_TK = grad_weight_A.new_zeros(shape.numel()).index_copy_(0, order_A, grad_weight_A)
         return grad_x_TD, grad_weight_TK.view(shape).to(dtype), *grad_experts, None, None, None, None

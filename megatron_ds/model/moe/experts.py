@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ds.parallel.tensor import ALONE, TensorRanks
+
 
 class Assignment(NamedTuple):
     """Which experts work on which rows, sorted by expert; entries of one expert are in ascending order of rows."""
@@ -51,19 +53,34 @@ class PendingWeights(NamedTuple):
 
 
 class Experts(nn.Module):
-    """``num_local`` SwiGLU blocks, down(silu(gate(x)) * up(x)).
+    """``num_local`` SwiGLU blocks, down(silu(gate(x)) * up(x)); F is this rank's part of their width.
 
     Attributes:
         gate_up: parameter [E, 2, F, D], gate first; in products it is [E, H, D], gate's rows before up's.
         down: parameter [E, D, F].
     """
 
-    def __init__(self, num_local: int, hidden_size: int, ffn_size: int, implementation: str = "grouped_mm"):
-        """``implementation``: a key of ``PRODUCTS``; grouped products need widths that are whole 16 bytes."""
+    def __init__(
+        self,
+        num_local: int,
+        hidden_size: int,
+        ffn_size: int,
+        implementation: str = "grouped_mm",
+        tensor: TensorRanks = ALONE,
+    ):
+        """Uninitialised experts.
+
+        Args:
+            num_local: how many experts.
+            hidden_size: D.
+            ffn_size: width of a whole expert.
+            implementation: a key of ``PRODUCTS``; grouped products need D and F that are whole 16 bytes.
+            tensor: the ranks that share every expert; each returns a term of the outputs' sum.
+        """
         super().__init__()
-        self.num_experts = num_local
-        self.gate_up = nn.Parameter(torch.empty(num_local, 2, ffn_size, hidden_size))
-        self.down = nn.Parameter(torch.empty(num_local, hidden_size, ffn_size))
+        self.num_experts, width = num_local, ffn_size // tensor.size
+        self.gate_up = tensor.shard(nn.Parameter(torch.empty(num_local, 2, width, hidden_size)), 2)
+        self.down = tensor.shard(nn.Parameter(torch.empty(num_local, hidden_size, width)), 2)
         self._product = PRODUCTS[implementation]
 
     def compute(self, x_AD: Tensor, counts: list[int]) -> Tensor:

@@ -49,7 +49,7 @@ def _fulfil_contract(module: MoE, parameters, num_experts: int, groups: Groups) 
     module.ep_size = groups.topology.expert
     module.num_local_experts = num_experts // groups.topology.expert
     module.expert_group_name = groups.expert_group_name
-    module.enable_expert_tensor_parallelism = False
+    module.enable_expert_tensor_parallelism = groups.expert_tensor.size > 1
     for parameter in parameters:
         parameter.allreduce = False
         parameter.group_name = groups.expert_group_name

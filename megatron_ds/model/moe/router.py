@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.config.moe_schema import Router as RouterConfig
+from megatron_ds.parallel.tensor import TensorRanks
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Router(Fp32Buffers):
     def __init__(self, hidden_size: int, moe: MoEConfig):
         super().__init__()
         config: RouterConfig = moe.router
-        self.config, self.topk, self.jitter_eps = config, moe.moe_router_topk, moe.moe_input_jitter_eps
+        self.config, self.topk = config, moe.moe_router_topk
         self.scoring = SCORING[config.kind]
         self.num_candidates = config.refine_candidates or 2 * moe.moe_router_topk
         refined, biased = config.fine == "refine", config.fine != "none"
@@ -103,14 +104,9 @@ class Router(Fp32Buffers):
         self.refine = nn.Parameter(torch.empty(moe.num_experts, hidden_size)) if refined else None
         self.register_buffer("bias", torch.zeros(moe.num_experts, dtype=torch.float32) if biased else None)
 
-    def forward(self, x_TD: Tensor, jitter_seed: int | None = None) -> Routing:
-        """Route tokens of any floating type.
-
-        Args:
-            x_TD: the tokens.
-            jitter_seed: identifies the noise of this micro-batch and layer; needed when training with jitter.
-        """
-        x_TD = self._jittered(x_TD.float(), jitter_seed)
+    def forward(self, x_TD: Tensor, noise_TD: Tensor | None = None) -> Routing:
+        """Route tokens of any floating type; ``noise_TD``: what they are multiplied by first, see ``jitter``."""
+        x_TD = x_TD.float() if noise_TD is None else x_TD.float() * noise_TD
         logit_TE = F.linear(x_TD, self.weight.float())
         score_TE = self.scoring.score(logit_TE)
         candidate_TE = self._coarse(self._biased(score_TE))
@@ -122,14 +118,6 @@ class Router(Fp32Buffers):
             probability_TE=self.scoring.probability(score_TE),
             logit_TE=logit_TE,
         )
-
-    def _jittered(self, x_TD: Tensor, seed: int | None) -> Tensor:
-        if not self.training or self.jitter_eps == 0:
-            return x_TD
-        assert seed is not None, "training with router jitter needs a jitter_seed"
-        generator = torch.Generator(x_TD.device).manual_seed(seed)
-        noise_TD = torch.empty_like(x_TD).uniform_(1 - self.jitter_eps, 1 + self.jitter_eps, generator=generator)
-        return x_TD * noise_TD
 
     def _biased(self, score: Tensor, expert: Tensor | slice = slice(None)) -> Tensor:
         """What selects, without a gradient: scores, plus the bias of the experts they are of."""
@@ -154,6 +142,21 @@ class Router(Fp32Buffers):
         score_TC = self.scoring.score(refined_TE.gather(1, expert_TC))
         chosen_TK = best(self._biased(score_TC, expert_TC), self.topk)
         return score_TC.gather(1, chosen_TK), expert_TC.gather(1, chosen_TK)
+
+
+def jitter(x_BSD: Tensor, epsilon: float, seed: int, ranks: TensorRanks) -> Tensor:
+    """Noise for the router's input: fp32, uniform in [1 - epsilon, 1 + epsilon], [B, S, D].
+
+    Args:
+        x_BSD: the tokens it is for.
+        epsilon: width of the noise.
+        seed: identifies micro-batch and layer.
+        ranks: share the sequence; each takes its stretch of the noise that one process would draw.
+    """
+    generator = torch.Generator(x_BSD.device).manual_seed(seed)
+    batch, stretch, width = x_BSD.shape
+    noise_BSD = x_BSD.new_empty(batch, ranks.size * stretch, width, dtype=torch.float32)
+    return ranks.stretch(noise_BSD.uniform_(1 - epsilon, 1 + epsilon, generator=generator))
 
 
 def best(score: Tensor, count: int) -> Tensor:
