@@ -23,6 +23,7 @@ from megatron_ds.config.model_schema import (
 from megatron_ds.model.context import Context, window_at
 from megatron_ds.model.decoder import Decoder, layer_list, run
 from megatron_ds.model.vocabulary import tied_output
+from megatron_ds.parallel.deferred import deferring
 from megatron_ds.parallel.loss import cross_entropy_sum
 
 LENGTH = 83
@@ -186,6 +187,24 @@ def test_recompute_changes_no_bit(attention, recompute):
     kept = loss_gradients(filled(config), tokens(), *packing, dropout_seed=3)
     again = loss_gradients(filled(config, recompute), tokens(), *packing, dropout_seed=3)
     assert all(torch.equal(again[name], gradient) for name, gradient in kept.items())
+
+
+@pytest.mark.parametrize("recompute", [None, "full", "selective"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradients_that_wait_change_no_bit(dtype, recompute):
+    """Of two micro-batches, made up for after both backward passes."""
+    config = model("soft_gate_lse", hidden_dropout=0.2, untie_embeddings_and_output_weights=True)
+    at_once, late = (filled(config, recompute).to(dtype) for _ in range(2))
+    for seed in (3, 4):
+        loss_gradients(at_once, tokens(seed=seed), dropout_seed=seed)
+    with deferring() as queue:
+        for seed in (3, 4):
+            gradients = loss_gradients(late, tokens(seed=seed), dropout_seed=seed)
+    waiting = {name for name, gradient in gradients.items() if gradient is None}
+    assert "output.weight" in waiting and len(waiting) == len(queue) / 2 == 7 * config.num_layers + 1
+    for compute in queue:
+        compute()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(at_once.parameters(), late.parameters()))
 
 
 def test_full_recompute_keeps_less():
