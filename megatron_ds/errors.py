@@ -40,6 +40,10 @@ class DivergedError(MegatronError):
     exit_code = 5
 
 
+class SelfTestError(MegatronError):
+    """A topology does not compute what one process computes: a fault of ours, or of a library, never to train with."""
+
+
 def run_main(main: Callable[[list[str]], int | None]) -> None:
     """Run an entry point: its return value or the error's code becomes the exit code, errors print as one message.
 

@@ -4,6 +4,7 @@ import torch
 
 STEPS = 20
 GLOBAL_BATCH = 8
+MTP_WEIGHT, BIAS_RATE = 0.3, 1e-3
 TINY = {
     "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2,
     "seq_length": 24, "vocab_size": 61, "make_vocab_size_divisible_by": 16,
@@ -11,9 +12,19 @@ TINY = {
 }  # fmt: skip
 
 
-def parallel(pp=1, ep=1, **_):
+def parallel(pp=1, ep=1, tp=1, sp=False, etp=1, schedule="1f1b", chunks=None, layout=None, **_):
     """The ``parallel`` section of a layout; experts' nodes are pairs of ranks."""
-    return {"pipeline_model_parallel_size": pp, "expert_model_parallel_size": ep, "expert_ranks_per_node": 2}
+    return {
+        "tensor_model_parallel_size": tp,
+        "sequence_parallel": sp,
+        "pipeline_model_parallel_size": pp,
+        "schedule": {"kind": schedule},
+        "num_virtual_stages_per_pipeline_rank": chunks,
+        "pipeline_model_parallel_layout": layout,
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": etp,
+        "expert_ranks_per_node": 2,
+    }
 
 
 def configuration(
@@ -21,8 +32,6 @@ def configuration(
     *,
     micro=1,
     batch=GLOBAL_BATCH,
-    pp=1,
-    ep=1,
     moe=None,
     stage=0,
     dtype="fp32",
@@ -30,8 +39,9 @@ def configuration(
     training=None,
     clipping=1.0,
     loss_scale_power=8,
+    **axes,
 ):
-    """A resolved configuration of a tiny model."""
+    """A resolved configuration of a tiny model; ``axes``: see ``parallel``."""
     from megatron_ds.config.resolve import resolve
     from megatron_ds.config.schema import RunConfig
 
@@ -42,10 +52,10 @@ def configuration(
         "optimizer": {"params": {"lr": 1e-2, "weight_decay": 0.1}},
         "zero_optimization": {"stage": stage},
         "megatron_ds": {
-            "generation": "v2" if moe else "v1",
+            "generation": "v3",  # has every axis; its defaults are those of a file, not of the schema
             "model": TINY | (model or {}),
             "moe": moe,
-            "parallel": parallel(pp=pp, ep=ep),
+            "parallel": parallel(**axes),
             "training": {"seed": 7, **(training or {})},
         },
     }
@@ -93,26 +103,37 @@ def micro_batches(config, groups, step):
     ]
 
 
-def train(groups, options, steps=STEPS):
-    """Losses and gradient norms of the first steps, as rank 0 would log them."""
+def build(groups, options):
+    """Configuration, engine and this rank's weights."""
     from megatron_ds.engine.initialize import build_engine
     from megatron_ds.train.objective import pretraining
 
     config = configuration(groups.world_size, **options)
-    engine, _ = build_engine(config, groups, pretraining(config.megatron_ds.model))
-    losses, norms = [], []
+    return config, *build_engine(config, groups, pretraining(config.megatron_ds.model, groups.tensor))
+
+
+def take_step(groups, config, engine, step, lr):
+    """One optimizer step; main and MTP loss per counted token of the global batch, the same on every rank."""
+    batches = micro_batches(config, groups, step)
+    counted = int(groups.sum_over("data", torch.tensor(sum(batch.num_counted for batch in batches))))
+    engine.set_learning_rate(lr)
+    sums = engine.train_step(batches, num_counted=counted, step=step, mtp_weight=MTP_WEIGHT, bias_rate=BIAS_RATE)
+    return (groups.sum_over_world(sums) / counted).tolist()
+
+
+def train(groups, options, steps=STEPS):
+    """Losses, gradient norms and MTP losses of the first steps, as rank 0 would log them."""
+    config, engine, _ = build(groups, options)
+    curves = [], [], []
     for step in range(steps):
-        batches = micro_batches(config, groups, step)
-        counted = int(groups.sum_over("data", torch.tensor(sum(batch.num_counted for batch in batches))))
-        engine.set_learning_rate(3e-3 * min(1, step / 10))
-        loss = groups.sum_over_world(engine.train_step(batches, num_counted=counted, step=step))
-        losses.append(loss.item() / counted)
-        norms.append(engine.gradient_norm)
-    return losses, norms
+        loss, mtp_loss = take_step(groups, config, engine, step, 3e-3 * min(1, step / 10))
+        for curve, value in zip(curves, (loss, engine.gradient_norm, mtp_loss), strict=True):
+            curve.append(value)
+    return curves
 
 
 def train_ranks(world_size, options, steps=STEPS):
-    """``train`` on so many ranks, which must agree; losses and gradient norms."""
+    """``train`` on so many ranks, which must agree; its curves."""
     from ranks import run_ranks
 
     results = run_ranks(train, world_size, options, steps, parallel=parallel(**options), timeout=240)
@@ -121,7 +142,7 @@ def train_ranks(world_size, options, steps=STEPS):
 
 
 def assert_close(result, reference, relative):
-    """Losses and norms of two runs agree at every step."""
+    """The curves of two runs agree at every step."""
     import pytest
 
     for ours, theirs in zip(result, reference, strict=True):
@@ -130,5 +151,5 @@ def assert_close(result, reference, relative):
 
 def assert_learns(result):
     """The run is worth comparing with."""
-    losses, norms = result
+    losses, norms, _ = result
     assert losses[-1] < losses[0] and max(norms) > 1.0 > min(norms), "the reference must learn, and clip only at times"

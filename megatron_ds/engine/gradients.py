@@ -1,4 +1,4 @@
-"""What our two engines share: loss normalisation, the exact global gradient norm, and tied weights.
+"""What our two engines share: loss normalisation, sums over tensor ranks, the exact global norm, and tied weights.
 
 The loss is a *sum* over counted tokens and is divided once, by the count of the whole global batch. DeepSpeed averages
 gradients over the data axis, so the factor is ``data_parallel_size / count``, and its division by the number of
@@ -8,11 +8,13 @@ The norm counts every weight once, and combines the weights' sums of squares wit
 depend on the order: all pipeline layouts clip by the same bits.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
@@ -21,12 +23,15 @@ from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.data.loader import Batch
 from megatron_ds.model.moe.sparse_mlp import ExpertLoad, finish_step
+from megatron_ds.model.mtp import Losses
+from megatron_ds.model.vocabulary import Embedding
 from megatron_ds.optim.grad_norm import clip_coefficient, global_norm, sum_of_squares
 from megatron_ds.parallel.groups import Groups
 from megatron_ds.parallel.random import micro_batch_seed
+from megatron_ds.parallel.tensor import needs_sum
 
-Objective = Callable[[Tensor, Batch], Tensor]
-"""logits_BSV and the batch to the *sum* of the loss over counted tokens."""
+Objective = Callable[[Tensor, Batch], Losses]
+"""This tensor rank's logits_BSV and the batch to *sums* of the losses over counted tokens."""
 
 
 class GlobalNorm:
@@ -45,20 +50,19 @@ class GlobalNorm:
             parts: parameters and (parts of) their gradients. Copies of a tied weight are left out here.
             sharded: the parts of the data ranks differ (ZeRO), instead of being the same.
         """
-        squares = torch.zeros(len(self._slot), dtype=torch.float64, device=self._groups.device)
+        groups = self._groups
+        squares = torch.zeros(len(self._slot), dtype=torch.float64, device=groups.device)
+        among_data = groups.experts is not None and not sharded
         for parameter, gradient in parts:
-            replicated = getattr(parameter, "ds_pipe_replicated", False) or not (sharded or self._counts(parameter))
             name = self._name.get(id(parameter))  # the anchor of a stage without experts has none
-            if name is not None and not replicated:
+            copy = getattr(parameter, "ds_pipe_replicated", False)
+            if name is not None and not copy and groups.holds_first_copy(parameter, of_data=among_data):
                 squares[self._slot[name]] += sum_of_squares(gradient)
-        if sharded or self._groups.experts is not None:
-            self._groups.sum_over("data", squares)
-        self._groups.sum_over("pipe", squares)  # one non-zero term per slot, so the sum is exact
+        if sharded or among_data:
+            groups.sum_over("data", squares)
+        groups.sum_over("tensor", squares)
+        groups.sum_over("pipe", squares)  # one non-zero term per slot, so the sum is exact
         return global_norm(dict(zip(self._slot, squares.tolist())))
-
-    def _counts(self, parameter: nn.Parameter) -> bool:
-        """Whether the sum over the data ranks, if there is one, takes this whole gradient from this rank."""
-        return self._groups.experts is None or self._groups.holds_first_copy(parameter)
 
 
 class GradientsMixin:
@@ -81,32 +85,80 @@ class GradientsMixin:
         super().__init__(*args, **kwargs)
         self.groups, self.objective, self.seed = groups, objective, seed
         self.model_config, self.moe = model_config, moe
+        self._separated: list[Embedding] = []  # a list, since a module that is an attribute would be a submodule
 
     def dropout_seed(self, step: int, index: int) -> int:
         """Seed of the dropout masks of this data rank's micro-batch ``index``."""
         return micro_batch_seed(self.seed, step, index * self.groups.topology.data + self.groups.index("data"))
 
-    def progress(self, step: int, index: int, num_micro_batches: int) -> dict[str, Any]:
+    def progress(self, step: int, index: int, batches: list[Batch]) -> dict[str, Any]:
         """What the layers are told about micro-batch ``index`` of a training step, see ``Context.build``."""
         return {
             "step": step,
             "dropout_seed": self.dropout_seed(step, index),
             "micro_batch": index,
-            "auxiliary_scale": self.current_loss_scale / num_micro_batches,
+            "auxiliary_scale": self.current_loss_scale / len(batches),
+            "next_token_BS": batches[index].label_BS if self.model_config.mtp_num_layers else None,
         }
 
-    def finish_experts(self) -> None:
+    def sums(self, losses: Losses) -> Tensor:
+        """float64 [2]: what a step reports of a micro-batch, the sums of the main and of the MTP loss."""
+        mtp = torch.zeros_like(losses.main) if losses.mtp is None else losses.mtp
+        return torch.stack([losses.main, mtp]).detach().double()
+
+    def finish_experts(self, bias_rate: float) -> None:
         """Balance the experts by the load of the step that was just taken."""
         if self.moe is not None:
-            self.expert_load = finish_step(self.module, self.moe, self.model_config.num_layers, self.groups)
+            self.expert_load = finish_step(self.module, self.model_config, self.moe, self.groups, bias_rate)
+
+    def separate_late_gradients(self, embedding: Embedding) -> None:
+        """Give the late uses of a tied embedding, at the end of the model, an alias whose gradient adds up by itself.
+
+        A pipeline adds the gradients of both ends over all micro-batches, each on its own rank, before it sums them.
+        Floats are not associative: only the same order on one rank gives the same bits. Low precision and ZeRO 2-3,
+        which never promise these bits, let autograd sum the uses per micro-batch and save the second buffer.
+        """
+        if self.fp16_enabled() or self.bfloat16_enabled() or self.zero_optimization_stage() >= 2:
+            return
+        self._separated.append(embedding)
+        embedding.late_weight = embedding.weight.detach().requires_grad_()
+
+    def complete_gradients(self) -> None:
+        """After the last backward pass: add up what this rank kept apart, and what tensor ranks have parts of."""
+        for embedding in self._separated:
+            embedding.weight.grad += embedding.late_weight.grad
+            embedding.late_weight.grad = None
+        if self.groups.tensor.size > 1:
+            parameters = [p for p in self.module.parameters() if needs_sum(p)]
+            self.groups.tensor.sum_gradients((p, self._gradient(p)) for p in parameters)
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The gradient accumulated over the micro-batches of this step: in bf16 that is the optimizer's, in fp32."""
+        if isinstance(self.optimizer, BF16_Optimizer):
+            return parameter._hp_grad
+        if parameter.grad is None:  # its peers may have one
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
+
+    @contextmanager
+    def adding_gradients(self) -> Iterator[None]:
+        """Around weight gradients that were deferred: in bf16 they are added to the fp32 sums, as after a backward."""
+        bf16 = isinstance(self.optimizer, BF16_Optimizer)
+        if bf16:
+            self.optimizer.clear_lp_grads()
+        yield
+        if bf16:
+            self.optimizer.update_hp_grads(clear_lp_grads=True)
 
     def install_global_norm(self, weight_names: list[str], parameters: dict[str, nn.Parameter]) -> None:
-        """Make DeepSpeed's ZeRO wrappers clip by our norm; bf16 with ZeRO-1 keeps DeepSpeed's (its BF16_Optimizer)."""
+        """Clip by our norm, whatever wrapper DeepSpeed has chosen."""
         self.global_norm = GlobalNorm(self.groups, weight_names, parameters)
         if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
             self.optimizer.scaled_global_norm = lambda: self._zero_norm(self.optimizer.params_in_partition)
         elif isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
             self.optimizer._get_norm_groups = lambda: [self._zero_norm(self.optimizer.fp16_groups)]
+        elif isinstance(self.optimizer, BF16_Optimizer):
+            self.optimizer.clip_grad = 0.0
 
     def _zero_norm(self, parameters_of_group: list[list[nn.Parameter]]) -> Tensor:
         """Norm over this rank's gradient shards, still multiplied by the loss scale as the wrappers expect.
@@ -124,14 +176,19 @@ class GradientsMixin:
         return torch.tensor(self.global_norm(parts, sharded=True), dtype=torch.float64, device=self.groups.device)
 
     def _take_model_step(self, lr_kwargs: dict | None) -> None:
-        """DeepSpeed's step; without a ZeRO wrapper the norm and the clipping are ours."""
-        if isinstance(self.optimizer, torch.optim.Optimizer):
-            parameters = [p for p in self.module.parameters() if p.grad is not None]
-            self._global_grad_norm = self.global_norm([(p, p.grad) for p in parameters], sharded=False)
-            coefficient = clip_coefficient(self._global_grad_norm, self.gradient_clipping())
-            if coefficient < 1:
-                torch._foreach_mul_([p.grad for p in parameters], coefficient)
+        """DeepSpeed's step. Where whole gradients are left to the optimizer, norm and clipping are done here."""
+        bf16 = isinstance(self.optimizer, BF16_Optimizer)
+        if not (bf16 or isinstance(self.optimizer, torch.optim.Optimizer)):
+            super()._take_model_step(lr_kwargs)
+            return
+        gradients = {p: p._hp_grad if bf16 else p.grad for p in self.module.parameters() if bf16 or p.grad is not None}
+        norm = self.global_norm(gradients.items(), sharded=False)
+        coefficient = clip_coefficient(norm, self.gradient_clipping())
+        if coefficient < 1:
+            torch._foreach_mul_(list(gradients.values()), coefficient)
         super()._take_model_step(lr_kwargs)
+        if not self.was_skipped:
+            self._global_grad_norm = norm
 
     def clip_fp32_gradients(self) -> None:
         """Done in ``_take_model_step``; DeepSpeed's version counts only the first pipeline stage."""

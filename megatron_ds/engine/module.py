@@ -1,35 +1,59 @@
-"""One pipeline stage of the model as a DeepSpeed ``PipelineModule``.
+"""One rank's chunks of the model as a DeepSpeed ``PipelineModule``.
 
-The layers are the same as in ``model.decoder.Decoder``; only the container differs. DeepSpeed names submodules by their
-index in the layer list and tied ones by their key; ``logical_names`` turns both into the names that checkpoints use.
+The layers are the same as in ``model.decoder.Decoder``; only the container differs. A rank of the pipeline holds one
+stage, or several virtual ones (chunks), wherever the schedule places them. DeepSpeed names submodules by their index in
+the layer list and tied ones by their key; ``logical_names`` turns both into the names that checkpoints use.
 """
 
 import contextlib
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_ds.config.model_schema import ModelConfig
-from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.model.context import Context
-from megatron_ds.model.cost import layer_costs
-from megatron_ds.model.decoder import LayerEntry, layer_list, run
+from megatron_ds.model.decoder import LayerEntry, run
 from megatron_ds.model.moe.layer import Anchor
 from megatron_ds.model.moe.sparse_mlp import SparseMLP
-from megatron_ds.model.vocabulary import tied_output
 from megatron_ds.parallel.groups import Groups
-from megatron_ds.pipeline.partition import partition
+from megatron_ds.pipeline.schedule import Placement
 
 
 class StageModule(PipelineModule):
-    """The layers of this rank's stage."""
+    """The layers of this rank, chunk by chunk."""
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig | None, groups: Groups, recompute: str | None):
-        entries = layer_list(model, moe, groups)
-        # nn.Module's __setattr__ needs its __init__, which PipelineModule runs only after it partitions the layers.
-        object.__setattr__(self, "_stage_bounds", stage_bounds(model, moe, groups.topology.pipe))
+    def __init__(
+        self,
+        model: ModelConfig,
+        entries: Sequence[LayerEntry],
+        bounds: Sequence[int],
+        placement: Placement,
+        groups: Groups,
+        recompute: str | None = None,
+    ):
+        """Build this rank's share of ``entries``; collective over the world.
+
+        Args:
+            model: what the layers' context is made from.
+            entries: all layers.
+            bounds: virtual stage s holds entries ``[bounds[s], bounds[s + 1])``.
+            placement: which rank holds which virtual stage.
+            groups: this rank's place.
+            recompute: see ``decoder.run``.
+        """
+        ranks, rank = groups.topology.pipe, groups.index("pipe")
+        self_setters = {  # nn.Module's __setattr__ needs its __init__, which PipelineModule runs before it builds
+            "_placement": placement,
+            "stages": [placement.stage(rank, chunk, ranks) for chunk in range((len(bounds) - 1) // ranks)],
+            "_bounds": list(bounds),
+            "_ranks": ranks,
+        }
+        for name, value in self_setters.items():
+            object.__setattr__(self, name, value)
+        self.chunks: list[list]
         with contextlib.redirect_stdout(io.StringIO()):  # PipelineModule prints its layers on every construction
             super().__init__([_layer_spec(entry) for entry in entries], topology=groups.deepspeed_topology())
         self.model_config, self.entries, self.recompute = model, entries, recompute
@@ -37,34 +61,59 @@ class StageModule(PipelineModule):
         self.anchor = None if groups.experts is None or has_experts else Anchor(groups)
 
     def _partition_layers(self, method: str) -> None:
-        self.parts = self._stage_bounds
-        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+        self.parts = self._bounds
+
+    def stage_owner(self, layer_idx: int) -> int:
+        """Pipeline rank that holds a layer."""
+        stage = sum(bound <= layer_idx for bound in self._bounds[1:])
+        return self._placement.rank_and_chunk(stage, self._ranks)[0]
+
+    def _build(self) -> None:
+        chunks = []
+        for stage in self.stages:
+            self._set_bounds(self._bounds[stage], self._bounds[stage + 1])
+            self.forward_funcs = []
+            super()._build()
+            chunks.append(self.forward_funcs)
+        self.chunks = chunks
+
+    def is_first(self, chunk: int) -> bool:
+        """Whether a chunk begins the model."""
+        return self.stages[chunk] == 0
+
+    def is_last(self, chunk: int) -> bool:
+        """Whether a chunk ends the model: its output are the logits."""
+        return self.stages[chunk] == len(self._bounds) - 2
 
     def forward(
-        self,
-        x: Tensor,
-        document_BS: Tensor,
-        position_BS: Tensor,
-        **progress: Any,
+        self, x: Tensor, document_BS: Tensor, position_BS: Tensor, *, chunk: int = 0, **progress: Any
     ) -> Tensor:
-        """Run the stage.
+        """Run a chunk.
 
         Args:
-            x: token_BS on the first stage, x_BSD on the others.
+            x: token_BS on the first virtual stage, x_BSD on the others.
             document_BS, position_BS: packing of the sample, see ``data.loader.Batch``.
+            chunk: which of this rank's.
             progress: step, dropout_seed and the like, see ``Context.build``.
 
         Returns:
-            x_BSD, or logits_BSV from the last stage.
+            x_BSD, or logits_BSV from the last virtual stage.
         """
         context = Context.build(self.model_config, document_BS, position_BS, **progress)
-        if self.anchor is not None and x.is_floating_point():  # the first stage has no input that could carry it
-            return run(self.forward_funcs, self.anchor(x), context, self.recompute)
-        x = run(self.forward_funcs, x, context, self.recompute)
-        return x if self.anchor is None or self.stage_id > 0 else self.anchor(x)
+        anchored = self.anchor is not None and chunk == 0
+        if anchored and not self.is_first(chunk):  # token ids could not carry it
+            x = self.anchor(x)
+        x = run(self.chunks[chunk], x, context, self.recompute)
+        return self.anchor(x) if anchored and self.is_first(chunk) else x
+
+    @property
+    def shared_embedding(self) -> nn.Module | None:
+        """The embedding, if both ends of the model are here and both use it."""
+        both = 0 in self.stages and len(self._bounds) - 2 in self.stages
+        return self.tied_modules["embedding"] if both and "embedding" in self.tied_modules else None
 
     def logical_names(self) -> dict[str, Tensor]:
-        """This stage's parameters and buffers under their checkpoint names; the anchor is no weight and has none."""
+        """This rank's parameters and buffers under their checkpoint names; the anchor is no weight and has none."""
         names = {}
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             head, _, rest = name.partition(".")
@@ -75,22 +124,9 @@ class StageModule(PipelineModule):
         return names
 
 
-def stage_bounds(model: ModelConfig, moe: MoEConfig | None, num_stages: int) -> list[int]:
-    """Boundaries of the stages in the layer list: equal cost, and at least one decoder layer in each.
-
-    Cost is training FLOPs per token. Every stage needs a decoder layer so that its optimizer has the same parameter
-    groups as the others, which DeepSpeed's gradient norm relies on. So the cut runs over the decoder layers; embedding,
-    norm and output go with the outermost ones.
-    """
-    first, *layers, norm, output = layer_costs(model, moe)
-    layers[0] += first
-    layers[-1] += norm + output
-    inner = partition(layers, num_stages)[1:-1]
-    return [0, *(1 + layer for layer in inner), len(layers) + 3]
-
-
 def _layer_spec(entry: LayerEntry) -> LayerSpec:
     if entry.tied:
-        forward = None if entry.name == "embedding" else tied_output
-        return TiedLayerSpec("embedding", entry.kind, *entry.arguments, forward_fn=forward, tied_weight_attr="weight")
+        return TiedLayerSpec(
+            "embedding", entry.kind, *entry.arguments, forward_fn=entry.call, tied_weight_attr="weight"
+        )
     return LayerSpec(entry.kind, *entry.arguments)

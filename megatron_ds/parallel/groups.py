@@ -76,11 +76,15 @@ class Groups:
         """Whether this rank computes the loss."""
         return self.index("pipe") == self.topology.pipe - 1
 
-    def holds_first_copy(self, tensor: Tensor) -> bool:
-        """Whether this is the first of its stage's ranks that hold the same (part of a) weight."""
+    def holds_first_copy(self, tensor: Tensor, *, of_data: bool = True) -> bool:
+        """Whether this is the first of its stage's ranks that hold the same (part of a) weight.
+
+        Args:
+            of_data: also among data ranks; without, only among those with the same data.
+        """
         shards = {shard.axis: shard for shard in shards_of(tensor)}
         copy = self.index("tensor") % shards["tensor"].copies if "tensor" in shards else self.index("tensor")
-        return copy == 0 and self.index("replica" if "expert" in shards else "data") == 0
+        return copy == 0 and not (of_data and self.index("replica" if "expert" in shards else "data"))
 
     def barrier(self) -> None:
         """Wait for every rank."""

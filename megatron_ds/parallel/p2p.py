@@ -39,12 +39,13 @@ class Mailbox:
 
 
 class Letter:
-    """A tensor on its way."""
+    """A tensor on its way; ``work`` is None for one that never left the rank."""
 
-    def __init__(self, work: dist.Work, tensor: Tensor):
+    def __init__(self, work: dist.Work | None, tensor: Tensor):
         self._work, self._tensor = work, tensor
 
     def open(self) -> Tensor:
         """Wait for the content."""
-        self._work.wait()
+        if self._work is not None:
+            self._work.wait()
         return self._tensor

@@ -2,25 +2,31 @@
 
 All ranks' tables are walked together in one global order, and each transfer is written into both peers' programs at the
 moment its producer is scheduled. So the transfers between any two ranks have the same order on both sides: pairs cannot
-mismatch, and with first-in-first-out channels nothing can deadlock. A table whose dependencies can never be met is
-refused here, before any process starts.
+mismatch, and with first-in-first-out channels nothing can deadlock. Receives are then posted one compute earlier, which
+changes no order, so that a message can travel while its receiver computes. A table whose dependencies can never be met
+is refused here, before any process starts.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_ds.pipeline.schedule import Compute, Pass, Table, dependencies
+from megatron_ds.pipeline.schedule import LOOP, Compute, Pass, Placement, Table, dependencies, global_kind
 
 
 @dataclass(frozen=True)
 class Transfer:
     """One message of one micro-batch: an activation to the next virtual stage or a gradient to the previous one."""
 
-    kind: Literal["send_activation", "recv_activation", "send_gradient", "recv_gradient"]
+    kind: Literal[
+        "send_activation", "recv_activation", "hand_activation", "send_gradient", "recv_gradient", "hand_gradient"
+    ]
+    """Sent, received, or handed to another chunk of the same rank."""
     micro_batch: int
     chunk: int
+    """Of the rank whose program this is in; the giving one if both are here."""
     peer: int
     """Pipeline rank at the other end."""
+    peer_chunk: int
 
 
 Instruction = Compute | Transfer
@@ -30,12 +36,13 @@ class ScheduleError(AssertionError):
     """The tables wait for each other forever, or leave a micro-batch unfinished."""
 
 
-def lower(tables: list[Table], num_chunks: int = 1) -> list[list[Instruction]]:
+def lower(tables: list[Table], num_chunks: int = 1, placement: Placement = LOOP) -> list[list[Instruction]]:
     """Programs of all ranks.
 
     Args:
         tables: one order table per pipeline rank.
         num_chunks: model chunks per rank.
+        placement: where the virtual stages are.
 
     Raises:
         ScheduleError: some compute's input is never produced.
@@ -46,11 +53,15 @@ def lower(tables: list[Table], num_chunks: int = 1) -> list[list[Instruction]]:
     position = [0] * num_ranks
     done: set[Pass] = set()
 
-    def transfer(what: str, source: int, stage: int, target_stage: int, micro_batch: int) -> None:
-        """Write the message from ``stage`` on rank ``source`` to ``target_stage`` into both programs."""
-        chunk, target = divmod(target_stage, num_ranks)
-        programs[source].append(Transfer(f"send_{what}", micro_batch, stage // num_ranks, target))
-        programs[target].append(Transfer(f"recv_{what}", micro_batch, chunk, source))
+    def transfer(what: str, rank: int, compute: Compute, to_stage: int) -> None:
+        """Write the message that ``compute`` on ``rank`` produces into the programs of both ends."""
+        target, to_chunk = placement.rank_and_chunk(to_stage, num_ranks)
+        number, chunk = compute.micro_batch, compute.chunk
+        if target == rank:
+            programs[rank].append(Transfer(f"hand_{what}", number, chunk, rank, to_chunk))
+            return
+        programs[rank].append(Transfer(f"send_{what}", number, chunk, target, to_chunk))
+        programs[target].append(Transfer(f"recv_{what}", number, to_chunk, rank, chunk))
 
     while any(position[rank] < len(table) for rank, table in enumerate(tables)):
         progress = False
@@ -58,18 +69,34 @@ def lower(tables: list[Table], num_chunks: int = 1) -> list[list[Instruction]]:
             if position[rank] == len(table):
                 continue
             compute = table[position[rank]]
-            stage = compute.chunk * num_ranks + rank
+            stage = placement.stage(rank, compute.chunk, num_ranks)
             if not done.issuperset(dependencies(compute.kind, stage, compute.micro_batch, num_stages)):
                 continue
             progress = True
             position[rank] += 1
-            done.add((compute.kind, stage, compute.micro_batch))
+            kind = global_kind(compute.kind)
+            done.add((kind, stage, compute.micro_batch))
             programs[rank].append(compute)
-            if compute.kind == "forward" and stage < num_stages - 1:
-                transfer("activation", rank, stage, stage + 1, compute.micro_batch)
-            if compute.kind == "backward" and stage > 0:
-                transfer("gradient", rank, stage, stage - 1, compute.micro_batch)
+            if kind == "forward" and stage < num_stages - 1:
+                transfer("activation", rank, compute, stage + 1)
+            if kind == "backward" and stage > 0:
+                transfer("gradient", rank, compute, stage - 1)
         if not progress:
             waiting = {rank: table[position[rank]] for rank, table in enumerate(tables) if position[rank] < len(table)}
             raise ScheduleError(f"schedule deadlock, every rank waits: {waiting}")
-    return programs
+    return [_post_early(program) for program in programs]
+
+
+def _post_early(program: list[Instruction]) -> list[Instruction]:
+    """The program with every receive moved before the compute that precedes it."""
+    posted: list[Instruction] = []
+    before_last_compute = 0
+    for instruction in program:
+        if isinstance(instruction, Transfer) and instruction.kind.startswith("recv"):
+            posted.insert(before_last_compute, instruction)
+            before_last_compute += 1
+            continue
+        if isinstance(instruction, Compute):
+            before_last_compute = len(posted)
+        posted.append(instruction)
+    return posted
