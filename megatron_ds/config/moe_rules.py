@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_ds.config.moe_schema import MoEConfig, SigmoidRouter
+from megatron_ds.config.parallel_rules import nearest_topologies
 from megatron_ds.config.problems import Problem, divisors, either, problem
 from megatron_ds.config.resolve import data_parallel_size, nearest_multiples
 from megatron_ds.config.schema import RunConfig
@@ -72,12 +73,14 @@ def grouped_products_are_aligned(config: RunConfig) -> Iterator[Problem]:
     moe, model = config.megatron_ds.moe, config.megatron_ds.model
     if moe is None or moe.experts != "grouped_mm":
         return
-    width = moe.moe_ffn_hidden_size or model.ffn_size
-    for where, size in (("model.hidden_size", model.hidden_size), ("moe.moe_ffn_hidden_size", width)):
-        if size % 8:
-            rule = f"grouped_mm reads 16 bytes at a time, so the width {size} must be a multiple of 8"
-            fix = f'set it to {nearest_multiples(size, 8)}, or moe.experts to "loop"'
-            yield problem(config, where, rule, fix, "moe.experts", "model.ffn_hidden_size")
+    width, ranks = moe.moe_ffn_hidden_size or model.ffn_size, config.megatron_ds.parallel.expert_tensor_parallel_size
+    widths = (("model.hidden_size", model.hidden_size, 8), ("moe.moe_ffn_hidden_size", width, 8 * ranks))
+    for where, size, unit in widths:
+        if size % unit:
+            rule = f"grouped_mm reads 16 bytes at a time, so the width {size} must be a multiple of {unit}"
+            fix = f'set it to {nearest_multiples(size, unit)}, or moe.experts to "loop"'
+            reads = ("moe.experts", "model.ffn_hidden_size", "parallel.expert_tensor_parallel_size")
+            yield problem(config, where, rule, fix, *reads)
 
 
 # --- router ---------------------------------------------------------------------------------------------------------
@@ -210,6 +213,7 @@ def expert_ranks_divide_the_data_axis(config: RunConfig, world_size: int) -> Ite
     one_copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * experts
     rule = f"must divide the {ranks} data-parallel ranks, over which a layer's experts are spread"
     fix = f"choose {either(divisors(ranks))}, or launch {nearest_multiples(world_size, one_copy)} ranks"
+    fix += nearest_topologies(config, world_size)
     reads = ("parallel.pipeline_model_parallel_size", "parallel.tensor_model_parallel_size", "moe.num_experts")
     yield problem(config, _EXPERT_RANKS, rule, fix, *reads)
 

@@ -1,19 +1,20 @@
-"""Rules that span several settings: the model's sizes, the parallel axes, ZeRO and precision.
+"""Rules that span several settings: the model's sizes, ZeRO and precision.
 
 A rule is a small generator: it looks at a configuration and yields the problems it sees, each with the values it read.
 Rules know nothing of one another; a rule whose inputs are already reported as wrong is silenced by ``Findings``. Ranges
-of single values are in the schema; ``moe_rules.py`` has the rules of experts, ``training_rules.py`` those of batch,
-schedule and data.
+of single values are in the schema; ``parallel_rules.py`` has the rules of the parallel axes, ``moe_rules.py`` those of
+experts, ``training_rules.py`` and ``schedule_rules.py`` those of batch, data and what changes during a run.
 """
 
 from collections.abc import Callable, Iterator
 
-from megatron_ds.config.model_schema import HybridAttention, Llama3Rope, YarnRope
+from megatron_ds.config.model_schema import HybridAttention, LatentAttention, Llama3Rope, YarnRope
 from megatron_ds.config.moe_rules import MOE_RULES, MOE_WORLD_RULES
+from megatron_ds.config.parallel_rules import PARALLEL_RULES, PARALLEL_WORLD_RULES
 from megatron_ds.config.problems import Findings, Problem, divisors, either, problem
 from megatron_ds.config.resolve import data_parallel_size, nearest_multiples
 from megatron_ds.config.schedule_rules import SCHEDULE_RULES, SCHEDULE_WORLD_RULES
-from megatron_ds.config.schema import RunConfig
+from megatron_ds.config.schema import RunConfig, TrainingConfig
 from megatron_ds.config.training_rules import TRAINING_RULES, TRAINING_WORLD_RULES
 
 Rule = Callable[[RunConfig], Iterator[Problem]]
@@ -26,7 +27,7 @@ WorldRule = Callable[[RunConfig, int], Iterator[Problem]]
 def heads_divide_the_width(config: RunConfig) -> Iterator[Problem]:
     model = config.megatron_ds.model
     heads = model.num_attention_heads
-    if model.kv_channels is None and model.hidden_size % heads:
+    if model.kv_channels is None and model.hidden_size % heads and not isinstance(model.attention, LatentAttention):
         # Twice the heads, since the width of a head must also be even.
         fix = f"set it to {nearest_multiples(model.hidden_size, 2 * heads)}, or give model.kv_channels"
         rule = f"must be a multiple of num_attention_heads {heads} when kv_channels is not given"
@@ -44,10 +45,13 @@ def groups_divide_the_heads(config: RunConfig) -> Iterator[Problem]:
 
 def rotary_needs_an_even_head(config: RunConfig) -> Iterator[Problem]:
     model = config.megatron_ds.model
-    if model.head_dim % 2 == 0:
+    if model.rotary_dim % 2 == 0:
         return
-    rule = f"the head width {model.head_dim} must be even, since rotary embedding turns pairs of channels"
-    if model.kv_channels is not None:
+    rule = f"the head width {model.rotary_dim} must be even, since rotary embedding turns pairs of channels"
+    if isinstance(model.attention, LatentAttention):
+        where = "model.attention.qk_pos_emb_head_dim"
+        yield problem(config, where, rule, f"set it to {model.rotary_dim + 1}", "model.attention.kind")
+    elif model.kv_channels is not None:
         fix = f"set it to {model.kv_channels + 1}"
         yield problem(config, "model.kv_channels", rule, fix)
     else:
@@ -96,37 +100,39 @@ def windows_grow(config: RunConfig) -> Iterator[Problem]:
         yield problem(config, "model.attention.window_growth.start", rule, fix, "model.attention.window")
 
 
-# --- parallel axes and ZeRO -----------------------------------------------------------------------------------------
-
-
-def matrices_are_whole(config: RunConfig) -> Iterator[Problem]:
-    ours = config.megatron_ds
-    if ours.generation != "v3" and ours.parallel.tensor_model_parallel_size > 1:
-        rule = f"generation {ours.generation} has no tensor parallelism"
-        fix = "set it to 1 (ZeRO, pipelines and expert parallelism save memory too)"
-        yield problem(config, "parallel.tensor_model_parallel_size", rule, fix, "generation")
-
-
-def every_stage_has_a_layer(config: RunConfig) -> Iterator[Problem]:
-    layers, stages = config.megatron_ds.model.num_layers, config.megatron_ds.parallel.pipeline_model_parallel_size
-    if layers < stages:
-        rule = f"needs a decoder layer on every stage, but model.num_layers is {layers}"
-        fix = f"use at most {layers} stages"
-        yield problem(config, "parallel.pipeline_model_parallel_size", rule, fix, "model.num_layers")
-
-
-def pipelines_shard_optimizer_states_only(config: RunConfig) -> Iterator[Problem]:
-    stages = config.megatron_ds.parallel.pipeline_model_parallel_size
-    zero = config.zero_optimization
-    if stages == 1:
+def latent_attention_makes_all_heads(config: RunConfig) -> Iterator[Problem]:
+    model, kind = config.megatron_ds.model, "model.attention.kind"
+    if not isinstance(model.attention, LatentAttention):
         return
-    reads = "parallel.pipeline_model_parallel_size"
-    if zero.stage >= 2:
-        rule = f"a pipeline ({stages} stages) keeps whole gradients until its last micro-batch, so it allows 0 or 1"
-        yield problem(config, "zero_optimization.stage", rule, "set it to 1", reads)
-    for name in zero.offloaded:
-        rule = f"offloading does not work in a pipeline ({stages} stages) of DeepSpeed"
-        yield problem(config, f"zero_optimization.{name}.device", rule, 'set it to "none"', reads)
+    if model.num_kv_heads != model.num_attention_heads:
+        rule = "latent attention has as many key and value heads as query heads"
+        yield problem(config, "model.num_query_groups", rule, "leave it out", "model.num_attention_heads", kind)
+    if model.kv_channels is not None:
+        rule = "the heads of latent attention have widths of their own"
+        fix = "leave it out, and set model.attention.qk_head_dim and model.attention.v_head_dim"
+        yield problem(config, "model.kv_channels", rule, fix, kind)
+    if model.qk_layernorm:
+        rule = "latent attention normalises the compressed queries, keys and values instead"
+        yield problem(config, "model.qk_layernorm", rule, "set it to false", kind)
+
+
+def further_tokens_are_within_the_sample(config: RunConfig) -> Iterator[Problem]:
+    model = config.megatron_ds.model
+    if model.mtp_num_layers >= model.seq_length:
+        rule = f"no target is so far ahead in a sample of {model.seq_length} tokens"
+        fix = f"set it to {model.seq_length - 1} or less"
+        yield problem(config, "model.mtp_num_layers", rule, fix, "model.seq_length")
+
+
+def only_mtp_blocks_have_a_loss(config: RunConfig) -> Iterator[Problem]:
+    training, where = config.megatron_ds.training, "training.mtp_loss_scaling_factor"
+    default = TrainingConfig.model_fields["mtp_loss_scaling_factor"].default
+    if config.megatron_ds.model.mtp_num_layers == 0 and training.mtp_loss_scaling_factor != default:
+        fix = "leave it out, or set model.mtp_num_layers to 1"
+        yield problem(config, where, "has no effect on a model without MTP blocks", fix, "model.mtp_num_layers")
+
+
+# --- ZeRO ------------------------------------------------------------------------------------------------------------
 
 
 def offloaded_states_are_sharded(config: RunConfig) -> Iterator[Problem]:
@@ -177,20 +183,6 @@ def gradients_travel_in_a_type_that_holds_them(config: RunConfig) -> Iterator[Pr
 # --- the number of ranks --------------------------------------------------------------------------------------------
 
 
-def axes_divide_the_world(config: RunConfig, world_size: int) -> Iterator[Problem]:
-    if data_parallel_size(config, world_size) is not None:
-        return
-    parallel = config.megatron_ds.parallel
-    tensor = parallel.tensor_model_parallel_size
-    used = tensor * parallel.pipeline_model_parallel_size
-    rule = f"one copy of the model takes {used} ranks, which must divide the world of {world_size}"
-    stages = [d for d in divisors(world_size) if world_size % (d * tensor) == 0]
-    smaller = f", or set it to {either(stages)}" if stages else ""
-    fix = f"launch {nearest_multiples(world_size, used)} ranks{smaller}"
-    reads = "parallel.tensor_model_parallel_size"
-    yield problem(config, "parallel.pipeline_model_parallel_size", rule, fix, reads)
-
-
 def secondary_shards_divide_the_data_axis(config: RunConfig, world_size: int) -> Iterator[Problem]:
     zero = config.zero_optimization
     size = (zero.model_extra or {}).get("zero_hpz_partition_size", 1)
@@ -213,20 +205,21 @@ RULES: tuple[Rule, ...] = (
     extension_starts_below_its_end,
     frequencies_are_ordered,
     windows_grow,
-    matrices_are_whole,
-    every_stage_has_a_layer,
-    pipelines_shard_optimizer_states_only,
+    latent_attention_makes_all_heads,
+    further_tokens_are_within_the_sample,
+    only_mtp_blocks_have_a_loss,
     offloaded_states_are_sharded,
     scatter_divides_once,
     there_is_one_precision,
     half_precision_has_master_weights,
     gradients_travel_in_a_type_that_holds_them,
+    *PARALLEL_RULES,
     *MOE_RULES,
     *TRAINING_RULES,
     *SCHEDULE_RULES,
 )
 WORLD_RULES: tuple[WorldRule, ...] = (
-    axes_divide_the_world,
+    *PARALLEL_WORLD_RULES,
     secondary_shards_divide_the_data_axis,
     *MOE_WORLD_RULES,
     *TRAINING_WORLD_RULES,

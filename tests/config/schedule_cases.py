@@ -12,10 +12,10 @@ SCHEDULE_CASES = {
     "schedules_go_forward": [
         ({**BATCH, STEPS: "0:8 2K:12 1K:16"}, STEPS, "in order", {**BATCH, STEPS: "0:8 1K:12 2K:16"}, 1),
         (
-            {"training.mtp_loss_scaling_factor": "0:0.3 1K:0.2 1000:0.1"},
+            {"training.mtp_loss_scaling_factor": "0:0.3 1K:0.2 1000:0.1", "model.mtp_num_layers": 1},
             "training.mtp_loss_scaling_factor",
             "in order",
-            {"training.mtp_loss_scaling_factor": "0:0.3 1K:0.2 1001:0.1"},
+            {"training.mtp_loss_scaling_factor": "0:0.3 1K:0.2 1001:0.1", "model.mtp_num_layers": 2},
             1,
         ),
         (

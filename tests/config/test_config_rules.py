@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from parallel_cases import PARALLEL_CASES
 from schedule_cases import SCHEDULE_CASES
 
 from megatron_ds.config.check import check
@@ -13,6 +14,7 @@ from megatron_ds.config.tree import full_path, write
 DATA = {"data.data_path": ["data/corpus"], "data.tokenizer": "data/tokenizer"}
 YARN = {"model.rope_scaling": {"kind": "yarn", "factor": 4, "original_max_position_embeddings": 512}}
 LLAMA = {"model.rope_scaling": {"kind": "llama3", "original_max_position_embeddings": 1024}}
+LATENT = {"model.attention": {"kind": "latent"}, "model.qk_layernorm": False}
 OFFLOAD = {"zero_optimization.offload_optimizer.device": "cpu"}
 EVAL = "data.eval_data_path"
 
@@ -37,6 +39,7 @@ def broken(settings: dict, world_size: int = 1) -> list[tuple[str, str, str]]:
 # rule: (breaks it, place, part of the fix, does not break it, number of ranks)
 CASES = {
     "heads_divide_the_width": [
+        ({"model.hidden_size": 770}, "model.hidden_size", "768 or 792", {**LATENT, "model.hidden_size": 770}, 1),
         ({"model.hidden_size": 770}, "model.hidden_size", "768 or 792", {"model.hidden_size": 792}, 1),
         (
             {"model.hidden_size": 6},
@@ -57,12 +60,42 @@ CASES = {
         ({"model.num_query_groups": 24}, "model.num_query_groups", "or 12", {"model.num_query_groups": 12}, 1),
     ],
     "rotary_needs_an_even_head": [
+        (
+            {**LATENT, "model.attention.qk_pos_emb_head_dim": 7},
+            "model.attention.qk_pos_emb_head_dim",
+            "8",
+            {**LATENT, "model.attention.qk_head_dim": 7},
+            1,
+        ),
         ({"model.kv_channels": 33}, "model.kv_channels", "34", {"model.kv_channels": 34}, 1),
         (
             {"model.hidden_size": 84},
             "model.hidden_size",
             "kv_channels 8",
             {"model.hidden_size": 84, "model.kv_channels": 8},
+            1,
+        ),
+    ],
+    "latent_attention_makes_all_heads": [
+        ({**LATENT, "model.num_query_groups": 4}, "model.num_query_groups", "leave it out", LATENT, 1),
+        ({**LATENT, "model.qk_layernorm": True}, "model.qk_layernorm", "false", {"model.qk_layernorm": True}, 1),
+        ({**LATENT, "model.kv_channels": 64}, "model.kv_channels", "v_head_dim", {"model.kv_channels": 64}, 1),
+    ],
+    "further_tokens_are_within_the_sample": [
+        (
+            {"model.mtp_num_layers": 8, "model.seq_length": 8},
+            "model.mtp_num_layers",
+            "7 or less",
+            {"model.mtp_num_layers": 7, "model.seq_length": 8},
+            1,
+        ),
+    ],
+    "only_mtp_blocks_have_a_loss": [
+        (
+            {"training.mtp_loss_scaling_factor": 0.3},
+            "training.mtp_loss_scaling_factor",
+            "mtp_num_layers to 1",
+            {"training.mtp_loss_scaling_factor": 0.3, "model.mtp_num_layers": 1},
             1,
         ),
     ],
@@ -114,44 +147,6 @@ CASES = {
             "256 or less",
             {"model.attention.window_growth": {"start": 256, "iters": 10}},
             1,
-        )
-    ],
-    "matrices_are_whole": [
-        (
-            {"parallel.tensor_model_parallel_size": 2, **generation},
-            "parallel.tensor_model_parallel_size",
-            "set it to 1",
-            {"parallel.tensor_model_parallel_size": 1, **generation},
-            2,
-        )
-        for generation in ({}, {"generation": "v2", "moe": {}})
-    ],
-    "every_stage_has_a_layer": [
-        (
-            {"parallel.pipeline_model_parallel_size": 4, "model.num_layers": 3},
-            "parallel.pipeline_model_parallel_size",
-            "at most 3",
-            {"parallel.pipeline_model_parallel_size": 4, "model.num_layers": 4},
-            4,
-        )
-    ],
-    "pipelines_shard_optimizer_states_only": [
-        (
-            {"parallel.pipeline_model_parallel_size": 2, "zero_optimization.stage": stage},
-            "zero_optimization.stage",
-            "set it to 1",
-            {"parallel.pipeline_model_parallel_size": 2, "zero_optimization.stage": 1},
-            2,
-        )
-        for stage in (2, 3)
-    ]
-    + [
-        (
-            {"parallel.pipeline_model_parallel_size": 2, **OFFLOAD},
-            "zero_optimization.offload_optimizer.device",
-            '"none"',
-            OFFLOAD,
-            2,
         )
     ],
     "offloaded_states_are_sharded": [
@@ -220,15 +215,6 @@ CASES = {
             {"communication_data_type": "fp32"},
             1,
         ),
-    ],
-    "axes_divide_the_world": [
-        (
-            {"parallel.pipeline_model_parallel_size": 4},
-            "parallel.pipeline_model_parallel_size",
-            "launch 4 or 8 ranks, or set it to 1, 2, 3 or 6",
-            {"parallel.pipeline_model_parallel_size": 3},
-            6,
-        )
     ],
     "secondary_shards_divide_the_data_axis": [
         (
@@ -374,6 +360,8 @@ def moe(**settings) -> dict:
     return V2 | {f"moe.{name.replace('__', '.')}": value for name, value in settings.items()}
 
 
+TP_EXPERTS = {"parallel.tensor_model_parallel_size": 2, "parallel.expert_tensor_parallel_size": 2}
+
 MOE_CASES = {
     "experts_belong_to_v2": [
         ({"moe": {}}, "moe", 'generation to "v2"', V2, 1),
@@ -426,6 +414,13 @@ MOE_CASES = {
             "32 or 40",
             {**V2, "model.hidden_size": 48, "model.num_attention_heads": 3},
             1,
+        ),
+        (
+            {"generation": "v3", **TP_EXPERTS, "moe.moe_ffn_hidden_size": 40},
+            "moe.moe_ffn_hidden_size",
+            "32 or 48",
+            {"generation": "v3", **TP_EXPERTS, "moe.moe_ffn_hidden_size": 48},
+            2,
         ),
         ({**V2, "model.ffn_hidden_size": 90}, "moe.moe_ffn_hidden_size", "88 or 96", {"model.ffn_hidden_size": 90}, 1),
     ],
@@ -564,13 +559,20 @@ MOE_CASES = {
         (
             {**V2, EP: 4, "parallel.pipeline_model_parallel_size": 2},
             EP,
+            "that fit 4 are 1 x 1 x 4, 1 x 2 x 2, 1 x 1 x 2",
+            {**V2, EP: 4},
+            4,
+        ),
+        (
+            {**V2, EP: 4, "parallel.pipeline_model_parallel_size": 2},
+            EP,
             "choose 1 or 2, or launch 8 ranks",
             {**V2, EP: 2, "parallel.pipeline_model_parallel_size": 2},
             4,
         ),
     ],
 }
-CASES |= MOE_CASES | SCHEDULE_CASES
+CASES |= MOE_CASES | PARALLEL_CASES | SCHEDULE_CASES
 ROWS = [(name, *case) for name, cases in CASES.items() for case in cases]
 
 

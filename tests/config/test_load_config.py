@@ -199,9 +199,11 @@ def test_a_resolved_configuration_loads_again_to_itself(tmp_path, flags):
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_every_shipped_file_loads(file, tmp_path):
     parallel = ParallelConfig(**json.loads(file.read_text())["megatron_ds"]["parallel"])
-    least = parallel.pipeline_model_parallel_size * parallel.expert_model_parallel_size
+    stages, experts = parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
+    least = parallel.tensor_model_parallel_size * stages * experts
     for world_size in (least, 4 * least):
-        batch = ["--global-batch-size", "1024"]
+        unit = 4 * experts * stages
+        batch = ["--global-batch-size", str(unit * -(-1024 // unit)), "--micro-batch-size", "1"]
         config = load_config(["--deepspeed_config", str(file), *batch], world_size=world_size).config
         saved = tmp_path / "saved.json"
         saved.write_text(config.model_dump_json())
