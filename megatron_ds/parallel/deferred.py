@@ -7,6 +7,7 @@ the product is left in a queue that runs later and adds to ``.grad``. Biases and
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,14 +40,14 @@ def weight_gradients(
     """
     if _queue is None or not all(weight.is_leaf for weight in weights):
         return compute()
-    _queue.append(lambda: _accumulate(weights, compute()))
+    _queue.append(partial(_accumulate, weights, compute))
     return (None,) * len(weights)
 
 
 @torch.no_grad()
-def _accumulate(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+def _accumulate(weights: Sequence[Tensor], compute: Callable[[], Sequence[Tensor]]) -> None:
     """Add to ``.grad`` as autograd would."""
-    for weight, gradient in zip(weights, gradients, strict=True):
+    for weight, gradient in zip(weights, compute(), strict=True):
         if weight.grad is None:
             weight.grad = gradient.to(weight.dtype)
         else:
