@@ -1,7 +1,8 @@
 """Self-attention: projections, optional normalisation of queries and keys, rotary embedding, and a core.
 
-The kinds of attention differ only in their core: which keys a query sees and how they are weighed. Masks and the tiled
-kernel are in ``attention_mask.py`` and ``tiled_attention.py``; docs/attention.md has the formulas.
+The kinds of attention here differ only in their core: which keys a query sees and how they are weighed. Masks and the
+tiled kernel are in ``attention_mask.py`` and ``tiled_attention.py``, attention with other projections in
+``latent_attention.py``; docs/attention.md has the formulas.
 """
 
 import torch
@@ -20,12 +21,30 @@ from megatron_ds.parallel.random import derive_seed, seed_default_generator
 from megatron_ds.parallel.tensor import ALONE, TensorRanks, mark_partial
 
 
-class SelfAttention(nn.Module):
-    """x_BSD -> x_BSD; subclasses say what the core is. H and G are this rank's heads."""
+class Attention(nn.Module):
+    """What every kind of attention is built from: x_BSD -> x_BSD. H and G are this rank's heads."""
 
     def __init__(self, config: ModelConfig, index: int, tensor: TensorRanks = ALONE):
         super().__init__()
         self.config, self.index, self.tensor = config, index, tensor
+
+    def dropout(self, context: Context, use: str = "attention") -> Dropout | None:
+        """Dropout on the probabilities, when training; ``use`` tells several in one layer apart.
+
+        Ranks with other heads draw other masks, which are not those of one process.
+        """
+        if not self.training or self.config.attention_dropout == 0:
+            return None
+        assert context.dropout_seed is not None, "training with dropout needs a dropout_seed"
+        rank = (self.tensor.index,) if self.tensor.size > 1 else ()
+        return Dropout(self.config.attention_dropout, derive_seed(context.dropout_seed, self.index, use, *rank))
+
+
+class SelfAttention(Attention):
+    """Queries, keys and values are projections of the input; subclasses say what the core is."""
+
+    def __init__(self, config: ModelConfig, index: int, tensor: TensorRanks = ALONE):
+        super().__init__(config, index, tensor)
         width = config.hidden_size
         query_size, key_size = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_kv_heads))
         key_parts = min(config.num_kv_heads, tensor.size)
@@ -55,17 +74,6 @@ class SelfAttention(nn.Module):
     def core(self, q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, x_BSD: Tensor, context: Context) -> Tensor:
         """out_BHSK from rotated queries and keys, values, and the layer's normalised input, whole."""
         raise NotImplementedError
-
-    def dropout(self, context: Context, use: str = "attention") -> Dropout | None:
-        """Dropout on the probabilities, when training; ``use`` tells several in one layer apart.
-
-        Ranks with other heads draw other masks, which are not those of one process.
-        """
-        if not self.training or self.config.attention_dropout == 0:
-            return None
-        assert context.dropout_seed is not None, "training with dropout needs a dropout_seed"
-        rank = (self.tensor.index,) if self.tensor.size > 1 else ()
-        return Dropout(self.config.attention_dropout, derive_seed(context.dropout_seed, self.index, use, *rank))
 
 
 class GlobalAttention(SelfAttention):

@@ -4,10 +4,18 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from megatron_ds.config.model_schema import Attention, FullAttention, HybridAttention, ModelConfig, SoftGateAttention
+from megatron_ds.config.model_schema import (
+    Attention,
+    FullAttention,
+    HybridAttention,
+    LatentAttention,
+    ModelConfig,
+    SoftGateAttention,
+)
 from megatron_ds.config.moe_schema import MoEConfig, has_experts
 from megatron_ds.model.attention import GatedAttention, GlobalAttention, PatternAttention
 from megatron_ds.model.context import Context, seed_dropout
+from megatron_ds.model.latent_attention import LatentSelfAttention
 from megatron_ds.model.mlp import MLP
 from megatron_ds.model.moe.sparse_mlp import SparseMLP
 from megatron_ds.model.norm import RMSNorm
@@ -21,6 +29,7 @@ ATTENTION: dict[type[Attention], type[nn.Module]] = {
     FullAttention: GlobalAttention,
     HybridAttention: PatternAttention,
     SoftGateAttention: GatedAttention,
+    LatentAttention: LatentSelfAttention,
 }
 """Kind of attention -> its module, built from (config, index of the layer, tensor ranks)."""
 

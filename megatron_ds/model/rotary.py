@@ -27,13 +27,24 @@ def rotary_tables(config: ModelConfig, position_BS: Tensor) -> tuple[Tensor, Ten
 
 
 def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Angle per position of each of the K/2 channel pairs, and the multiplier of cos and sin.
+    """Angle per position of each of the K/2 channel pairs that turn, and the multiplier of cos and sin.
 
     Every operation is rounded as in Hugging Face's modeling_rope_utils.py: one unit in the last place of a frequency
     is 1e-4 of angle at position 2000.
     """
-    period = config.rotary_base ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    period = config.rotary_base ** (torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim)
     return SCALING[type(config.rope_scaling)](period, config.rope_scaling, config)
+
+
+def score_growth(config: ModelConfig) -> float:
+    """Factor on the scores of latent attention beside 1 / sqrt(K): YaRN's m(mscale_all_dim)^2, else 1.
+
+    It grows those of the channels without a position, too, which the tables do not reach.
+    """
+    scaling = config.rope_scaling
+    if not isinstance(scaling, YarnRope) or not scaling.mscale_all_dim:
+        return 1.0
+    return _yarn_growth(scaling, scaling.mscale_all_dim) ** 2
 
 
 def rotate(x_BSHK: Tensor, cos_BSK: Tensor, sin_BSK: Tensor, interleaved: bool = False) -> Tensor:
@@ -111,14 +122,27 @@ def _yarn(period: Tensor, scaling: YarnRope, config: ModelConfig) -> tuple[Tenso
     def channel(turns: float) -> float:
         """The channel pair that turns this often within the original context."""
         base_turns = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
-        return config.head_dim * math.log(base_turns) / (2 * math.log(config.rotary_base))
+        return config.rotary_dim * math.log(base_turns) / (2 * math.log(config.rotary_base))
 
     low = max(math.floor(channel(scaling.beta_fast)), 0)
-    high = min(math.ceil(channel(scaling.beta_slow)), config.head_dim - 1)
+    high = min(math.ceil(channel(scaling.beta_slow)), config.rotary_dim - 1)
     ramp = (torch.arange(len(period), dtype=torch.float32) - low) / max(high - low, 1e-3)
     kept = 1 - ramp.clamp(0, 1)
-    factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
-    return 1.0 / (scaling.factor * period) * (1 - kept) + 1.0 / period * kept, factor
+    return 1.0 / (scaling.factor * period) * (1 - kept) + 1.0 / period * kept, _yarn_length(scaling)
+
+
+def _yarn_length(scaling: YarnRope) -> float:
+    """Multiplier of cos and sin. Like transformers, a pair of mscales of which one is 0 counts as not given."""
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return _yarn_growth(scaling, scaling.mscale) / _yarn_growth(scaling, scaling.mscale_all_dim)
+    return _yarn_growth(scaling, 1.0)
+
+
+def _yarn_growth(scaling: YarnRope, mscale: float) -> float:
+    """m(mscale): how much larger scores should be in the longer context, once for queries and once for keys."""
+    return 0.1 * mscale * math.log(scaling.factor) + 1.0
 
 
 SCALING: dict[type[RopeScaling], Callable[[Tensor, RopeScaling, ModelConfig], tuple[Tensor, float]]] = {
