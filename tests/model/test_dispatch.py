@@ -3,8 +3,10 @@
 One call of ``run_ranks`` for each world size runs all cases; a test then compares one case of one dispatcher.
 """
 
+import contextlib
 import functools
 import time
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.model.moe.dispatch import build_dispatcher
 from megatron_ds.model.moe.experts import Experts
+from megatron_ds.parallel.deferred import deferring
 
 RANKS_PER_NODE = {2: 2, 3: 3, 4: 2, 8: 4}
 EXCHANGES = ("all_to_all", "ring", "hierarchical")
@@ -294,6 +297,78 @@ def vary(groups, name):
 
 def test_recomputation_and_frozen_parts():
     run_ranks(variations, 4, parallel=parallel(4))
+
+
+class WatchedExperts(Experts):
+    """Knows what its backward passes left for the weight gradients."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.left = []
+
+    def backward(self, saved, grad_y_ND, pending, meanwhile=lambda: None):
+        pieces = []
+        result = super().backward(saved, grad_y_ND, pieces)
+        self.left += [weakref.ref(tensor) for tensor in (pieces[0].activation_AF, pieces[0].grad_gate_up_AH)]
+        pending.append(pieces.pop())
+        meanwhile()
+        return result
+
+
+def twice(case, rank, size, dispatcher, experts, recompute, context=contextlib.nullcontext):
+    """Gradients of inputs, of weights after two backward passes in ``context``, and what it gave."""
+    grads, contexts = [], []
+    experts.zero_grad()
+    for _ in range(2):
+        x_TD, weight_TK, expert_TK, grad_TD = case.inputs(rank, size)
+        x_TD.requires_grad_(), weight_TK.requires_grad_()
+        call = functools.partial(checkpoint, dispatcher, use_reentrant=False) if recompute else dispatcher
+        y_TD = call(x_TD, weight_TK, expert_TK, experts)
+        with context() as given:
+            y_TD.backward(grad_TD)
+        contexts.append(given)
+        grads += [x_TD.grad, weight_TK.grad]
+    return grads, contexts
+
+
+def defer(groups, recompute):
+    case = CASES["some dropped"]
+    rank, size = (groups.rank, groups.world_size) if groups else (0, 1)
+    for name in ("ring", "hierarchical"):
+        dispatcher, experts = build(case, groups, name, WatchedExperts)
+        plain, _ = twice(case, rank, size, dispatcher, experts, recompute)
+        expected = [parameter.grad for parameter in experts.parameters()]
+        assert not any(reference() is not None for reference in experts.left)
+
+        experts.left.clear()
+        grads, queues = twice(case, rank, size, dispatcher, experts, recompute, deferring)
+        assert all(map(torch.equal, grads, plain))
+        assert all(parameter.grad is None for parameter in experts.parameters())
+        assert len(experts.left) > 0 and all(reference() is not None for reference in experts.left)
+        for queue in queues:
+            for add in queue:
+                add()
+        assert all(torch.equal(p.grad, grad) for p, grad in zip(experts.parameters(), expected, strict=True))
+        assert not any(reference() is not None for reference in experts.left), "freed, though the queue is still there"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_weight_gradients_can_wait(recompute):
+    """The same bits, later; all that they need is kept until then, and no longer."""
+    defer(None, recompute)
+    run_ranks(defer, 4, recompute, parallel=parallel(4))
+
+
+def test_all_to_all_never_waits():
+    run_ranks(defer_nothing, 2, parallel=parallel(2))
+
+
+def defer_nothing(groups):
+    case = CASES["plain"]
+    dispatcher, experts = build(case, groups, "all_to_all")
+    with deferring() as queue:
+        apply(case, groups.rank, groups.world_size, dispatcher, experts)
+    assert not queue and all(parameter.grad is not None for parameter in experts.parameters())
 
 
 HALVES = {"wire": [torch.float32] * 5, "model": [*[torch.bfloat16] * 2, torch.float32, *[torch.bfloat16] * 2]}
