@@ -24,6 +24,15 @@ HYBRID = {"kind": "hybrid", "pattern": "LLG", "window": WINDOW}
 SOFT_GATE = {"kind": "soft_gate", "window": WINDOW}
 FULL = {"kind": "full"}
 EXPERTS = {"num_experts": 6, "moe_router_topk": 2, "moe_ffn_hidden_size": 40}
+LATENT = {
+    "kind": "latent", "q_lora_rank": 24, "kv_lora_rank": 20, "qk_head_dim": 10, "qk_pos_emb_head_dim": 6,
+    "v_head_dim": 14,
+}  # fmt: skip
+DEEPSEEK = {
+    "attention": LATENT, "qk_layernorm": False, "rotary_interleaved": True, "num_query_groups": None,
+    "kv_channels": None, "untie_embeddings_and_output_weights": True,
+}  # fmt: skip
+DEEPSEEK_EXPERTS = EXPERTS | {"moe_shared_expert_intermediate_size": 80, "moe_layer_freq": [0, 1, 1, 1]}
 PLAIN_ROUTER = {"router": {"kind": "softmax", "fine": "none"}}
 MODELS = {
     "qwen3": {"attention": HYBRID, "qk_layernorm": True},
@@ -36,6 +45,19 @@ MODELS = {
     },
     "qwen3_moe": {"attention": FULL, "moe": EXPERTS | {"moe_layer_freq": [1, 0, 1, 1]} | PLAIN_ROUTER},
     "mixtral": {"attention": FULL, "qk_layernorm": False, "moe": EXPERTS | PLAIN_ROUTER},
+    "deepseek_v3": DEEPSEEK | {
+        "moe": DEEPSEEK_EXPERTS | {
+            "router": {"kind": "sigmoid", "num_groups": 3, "group_topk": 2, "scaling_factor": 1.5},
+        },
+    },
+    "deepseek_v2": DEEPSEEK | {
+        "moe": DEEPSEEK_EXPERTS | {
+            "router": {
+                "kind": "softmax", "fine": "none", "norm_topk_prob": False, "num_groups": 3, "group_topk": 2,
+                "scaling_factor": 4.0,
+            },
+        },
+    },
     "mds_moe": {
         "attention": HYBRID, "rotary_interleaved": True,
         "moe": EXPERTS | {

@@ -41,7 +41,7 @@ def hugging_face_directory(path: Path) -> Iterator[Path]:
     checkpoint = open_checkpoint(path)
     with tempfile.TemporaryDirectory(prefix="megatron_ds_generate_") as name:
         directory = Path(name) / "model"
-        export(checkpoint, directory, ExportOptions(precision="fp32"))
+        export(checkpoint, directory, ExportOptions(precision="fp32", mtp="drop"))
         yield directory
 
 

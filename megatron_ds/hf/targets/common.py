@@ -76,8 +76,8 @@ class Target:
     engines: str
     """Which inference engines run it natively, for the model card."""
     layer_names: Mapping[str, str | tuple[str, ...]] = field(default_factory=lambda: LAYER_NAMES)
-    """Logical name inside a layer -> Hugging Face's. Of stacked experts: the names of the equal parts that the rows of
-    one expert are cut into, with {expert} for its number."""
+    """Logical name inside a layer -> Hugging Face's. Of stacked experts: the names of one expert's parts, with {expert}
+    for its number."""
     kept_fp32: tuple[str, ...] = ()
     """Logical names inside a layer that stay fp32 in an export of any precision, as the family loads them."""
     as_row: tuple[str, ...] = ()
