@@ -17,7 +17,7 @@ from megatron_ds.config.flags import LEAVES_AT, CommandLine, read_command_line
 from megatron_ds.config.help import help_text
 from megatron_ds.config.json_file import read_json
 from megatron_ds.config.problems import Findings, Problem
-from megatron_ds.config.resolve import ACCUMULATION, LR, MICRO, RUN_NAME, TRAIN, resolve
+from megatron_ds.config.resolve import ACCUMULATION, LR, MICRO, RUN_NAME, TRAIN, TRAIN_ITERS, TRAIN_SAMPLES, resolve
 from megatron_ds.config.rules import find_broken
 from megatron_ds.config.schema import RunConfig
 from megatron_ds.config.tree import OURS, TAG, Path, Tree, dotted, flatten, lookup, overlap, remove, write
@@ -100,6 +100,7 @@ def merge(from_file: Tree, line: CommandLine) -> tuple[Tree, list[Path]]:
     file = deepcopy(from_file)
     _drop_automatic(file)
     _yield_batch(file, line)
+    _yield_length(file, line)
     _yield_kinds(file, line)
     generation = line.values.get(GENERATION, lookup(file, GENERATION, "v1"))
     tree = _overlay(deepcopy(GENERATION_DEFAULTS.get(str(generation), {})), file)
@@ -130,6 +131,13 @@ def _yield_batch(file: Tree, line: CommandLine) -> None:
     if by_flag and len(given) == len(keys):
         for key in [key for key in keys if key not in by_flag][:1]:
             remove(file, key)
+
+
+def _yield_length(file: Tree, line: CommandLine) -> None:
+    """A length given by a flag, in steps or in sequences, replaces the one of the file."""
+    for given, other in ((TRAIN_ITERS, TRAIN_SAMPLES), (TRAIN_SAMPLES, TRAIN_ITERS)):
+        if given in line.values and other not in line.values:
+            remove(file, other)
 
 
 def _yield_kinds(file: Tree, line: CommandLine) -> None:
@@ -178,6 +186,9 @@ def _derived(config: RunConfig, line: CommandLine) -> dict[Path, str]:
     product = f"{train} = micro batch {micro} x accumulation {steps} x {train // micro // steps} data-parallel ranks"
     reasons = dict.fromkeys((TRAIN, MICRO, ACCUMULATION), product)
     reasons[LR] = f"5e-4 x global batch {train} / 256"
+    samples = config.megatron_ds.training.train_samples
+    if samples is not None:
+        reasons[TRAIN_ITERS] = f"the steps within {samples} sequences"
     if line.file:
         reasons[RUN_NAME] = "the file's name"
     return reasons
