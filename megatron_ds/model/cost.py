@@ -1,24 +1,27 @@
-"""What a model costs: parameters, FLOPs per token under two conventions, and what share of a device's peak that is.
+"""What a model costs: parameters, FLOPs per token under three conventions, and what share of a device's peak that is.
 
 Closed formulas (docs/model.md), no model is built. *causal* counts each visible query-key pair once, forward and twice
-backward: the FLOPs that the model needs, and the ones of MFU. *executed* counts the products that this implementation
-runs on a CPU, masked pairs of a tile and the recomputed scores included: what ``torch.utils.flop_counter`` measures.
-Neither counts activation recompute. Of a mixture of experts a token multiplies the router and its own experts, none of
-which drops it.
+backward: the FLOPs that the model needs, and the ones of MFU. *full* counts every pair of a sample, visible or not, as
+some publications do. *executed* counts the products that this implementation runs on a CPU, masked pairs of a tile and
+the recomputed scores included: what ``torch.utils.flop_counter`` measures. None counts activation recompute. Of a
+mixture of experts a token multiplies the router and its own experts, none of which drops it.
+
+The blocks of multi-token prediction are trained and count; ``without_mtp`` is the model that is published.
 """
 
 import time
+from collections import Counter
 from typing import Literal
 
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from megatron_ds.config.model_schema import HybridAttention, ModelConfig, SoftGateAttention
-from megatron_ds.config.moe_schema import MoEConfig
+from megatron_ds.config.model_schema import HybridAttention, LatentAttention, ModelConfig, SoftGateAttention
+from megatron_ds.config.moe_schema import MoEConfig, has_experts
 from megatron_ds.model.attention_mask import first_keys, key_ranges
 from megatron_ds.parallel.linear import linear
 
-Convention = Literal["causal", "executed"]
+Convention = Literal["causal", "full", "executed"]
 
 DEVICE_PEAKS = {
     "A100": 312e12,
@@ -46,26 +49,46 @@ if torch.ops.aten._grouped_mm not in flop_registry:
         return 2 * a_shape[0] * a_shape[1] * b_shape[-1]
 
 
+def without_mtp(config: ModelConfig) -> ModelConfig:
+    """The main model alone."""
+    return config.model_copy(update={"mtp_num_layers": 0})
+
+
 def parameter_counts(config: ModelConfig, moe: MoEConfig | None = None) -> dict[str, int]:
     """Parameters by part of the model; ``output`` is 0 when tied to the embedding, the parts of experts without any.
 
-    ``mlp`` are the dense feed-forward blocks, ``experts`` the routed ones.
+    ``mlp`` are the dense feed-forward blocks, ``experts`` the routed ones; ``mtp`` are the blocks of multi-token
+    prediction with all that is in them. Balancing biases are no parameters.
     """
-    width, head_dim = config.hidden_size, config.head_dim
+    counts = dict.fromkeys(("embedding", "attention", "mlp", "router", "experts", "shared", "norm", "mtp", "output"), 0)
+    entries = layer_parameters(config, moe)
+    if config.mtp_num_layers:
+        counts["mtp"] = entries.pop(-2).total()
+    for entry in entries:
+        for part, size in entry.items():
+            counts[part.partition(".")[0]] += size
+    return counts
+
+
+def layer_parameters(config: ModelConfig, moe: MoEConfig | None = None) -> list[Counter[str]]:
+    """Parameters of each entry of ``decoder.layer_list`` by part; a late use of the embedding has none.
+
+    The parts of an attention are those with all heads, with the key and value heads (``attention.groups``), and those
+    that no head has for itself (``attention.whole``).
+    """
+    width, depths = config.hidden_size, config.mtp_num_layers
     vocabulary = config.padded_vocab_size * width
-    gate_bias = config.num_attention_heads if isinstance(config.attention, SoftGateAttention) else 0
-    qk_norm = 2 * head_dim if config.qk_layernorm else 0
-    sparse = _num_sparse_layers(config, moe)
-    return {
-        "embedding": vocabulary,
-        "attention": config.num_layers * (_attention_weights(config) + gate_bias + qk_norm),
-        "mlp": (config.num_layers - sparse) * _mlp_weights(config, config.ffn_size),
-        "router": sparse * _router_weights(config, moe) if moe else 0,
-        "experts": sparse * moe.num_experts * _expert_weights(config, moe) if moe else 0,
-        "shared": sparse * _shared_weights(config, moe) if moe else 0,
-        "norm": (2 * config.num_layers + 1) * width,
-        "output": vocabulary if config.untie_embeddings_and_output_weights else 0,
-    }
+    layers = [_decoder_layer(config, moe, index) for index in range(config.num_layers + depths)]
+    mtp: Counter[str] = Counter(projection=2 * depths * width**2, norm=3 * depths * width)
+    for layer in layers[config.num_layers :]:
+        mtp.update(layer)
+    return [
+        Counter(embedding=vocabulary),
+        *layers[: config.num_layers],
+        Counter(norm=width),
+        *([Counter(), mtp] if depths else []),
+        Counter(output=vocabulary if config.untie_embeddings_and_output_weights else 0),
+    ]
 
 
 def num_parameters(config: ModelConfig, moe: MoEConfig | None = None) -> int:
@@ -80,7 +103,8 @@ def active_parameters(config: ModelConfig, moe: MoEConfig | None = None) -> int:
     """
     idle = 0
     if moe:
-        idle = parameter_counts(config, moe)["experts"] // moe.num_experts * (moe.num_experts - moe.moe_router_topk)
+        experts = sum(entry["experts"] for entry in layer_parameters(config, moe))
+        idle = experts // moe.num_experts * (moe.num_experts - moe.moe_router_topk)
     return num_parameters(config, moe) - idle
 
 
@@ -109,19 +133,28 @@ def layer_costs(
     seq_length: int | None = None,
     convention: Convention = "causal",
 ) -> list[float]:
-    """``flops_per_token`` of each entry of ``decoder.layer_list``."""
-    seq_length = seq_length or config.seq_length
+    """``flops_per_token`` of each entry of ``decoder.layer_list``; MTP blocks cost the output layer, too."""
+    seq_length, width, depths = seq_length or config.seq_length, config.hidden_size, config.mtp_num_layers
     layers = [
-        6 * (_attention_weights(config) + _feed_forward_weights(config, moe, index))
+        6 * _multiplied_weights(config, moe, index)
         + sum(_core_flops(config, seq_length, window, convention) for window in _windows(config, index))
-        for index in range(config.num_layers)
+        for index in range(config.num_layers + depths)
     ]
-    return [0.0, *layers, 0.0, 6.0 * config.padded_vocab_size * config.hidden_size]
+    mtp = [0.0, sum(layers[config.num_layers :]) + 6.0 * depths * 2 * width**2] if depths else []
+    output = 6.0 * (1 + depths) * config.padded_vocab_size * width
+    return [0.0, *layers[: config.num_layers], 0.0, *mtp, output]
 
 
-def mfu(tokens_per_second_per_device: float, config: ModelConfig, peak: float, moe: MoEConfig | None = None) -> float:
-    """Model FLOPs utilisation: the share of ``peak`` FLOP/s that the *causal* FLOPs of this throughput are."""
-    return tokens_per_second_per_device * flops_per_token(config, moe) / peak
+def mfu(
+    tokens_per_second_per_device: float,
+    config: ModelConfig,
+    peak: float,
+    moe: MoEConfig | None = None,
+    *,
+    convention: Convention = "causal",
+) -> float:
+    """Model FLOPs utilisation: the share of ``peak`` FLOP/s that the FLOPs of this throughput are."""
+    return tokens_per_second_per_device * flops_per_token(config, moe, convention=convention) / peak
 
 
 def device_peak(device_name: str) -> float | None:
@@ -144,23 +177,48 @@ def measure_gemm_roof(dtype: torch.dtype, device: torch.device, seconds: float =
     return best
 
 
-def _attention_weights(config: ModelConfig) -> int:
-    """Weights of one attention block that are matrices."""
-    gate = config.num_attention_heads if isinstance(config.attention, SoftGateAttention) else 0
-    head_rows = 2 * (config.num_attention_heads + config.num_kv_heads) * config.head_dim
-    return config.hidden_size * (head_rows + gate)
+def _decoder_layer(config: ModelConfig, moe: MoEConfig | None, index: int) -> Counter[str]:
+    """Parameters of one layer by part."""
+    parts = Counter({f"attention.{part}": size for part, size in _attention_matrices(config).items()})
+    if isinstance(config.attention, LatentAttention):
+        parts["attention.whole"] += config.attention.kv_lora_rank + (config.attention.q_lora_rank or 0)
+    if isinstance(config.attention, SoftGateAttention):
+        parts["attention.heads"] += config.num_attention_heads
+    if config.qk_layernorm:
+        parts["attention.whole"] += 2 * config.head_dim
+    parts["norm"] = 2 * config.hidden_size
+    if not has_experts(config, moe, index):
+        return parts + Counter(mlp=_mlp_weights(config, config.ffn_size))
+    return parts + Counter(
+        router=_router_weights(config, moe),
+        experts=moe.num_experts * _expert_weights(config, moe),
+        shared=_shared_weights(config, moe),
+    )
 
 
-def _feed_forward_weights(config: ModelConfig, moe: MoEConfig | None, index: int) -> int:
-    """Weights that one token multiplies in the feed-forward block of a layer."""
-    if moe is None or not moe.is_moe_layer(index):
-        return _mlp_weights(config, config.ffn_size)
+def _attention_matrices(config: ModelConfig) -> Counter[str]:
+    """Weights of one attention block that are matrices, by part as in ``layer_parameters``."""
+    width, heads, attention = config.hidden_size, config.num_attention_heads, config.attention
+    if isinstance(attention, LatentAttention):
+        plain, rotary, value = attention.qk_head_dim, attention.qk_pos_emb_head_dim, attention.v_head_dim
+        from_latent = attention.kv_lora_rank * heads * (plain + value) + heads * value * width
+        queries, down = heads * (plain + rotary), width * (attention.kv_lora_rank + rotary)
+        if attention.q_lora_rank is None:
+            return Counter(heads=from_latent + width * queries, whole=down)
+        return Counter(heads=from_latent + attention.q_lora_rank * queries, whole=down + width * attention.q_lora_rank)
+    gate = heads if isinstance(attention, SoftGateAttention) else 0
+    return Counter(
+        heads=width * (2 * heads * config.head_dim + gate), groups=width * 2 * config.num_kv_heads * config.head_dim
+    )
+
+
+def _multiplied_weights(config: ModelConfig, moe: MoEConfig | None, index: int) -> int:
+    """Weights that one token multiplies in a layer."""
+    attention = _attention_matrices(config).total()
+    if not has_experts(config, moe, index):
+        return attention + _mlp_weights(config, config.ffn_size)
     chosen = moe.moe_router_topk * _expert_weights(config, moe)
-    return _router_weights(config, moe) + chosen + _shared_weights(config, moe)
-
-
-def _num_sparse_layers(config: ModelConfig, moe: MoEConfig | None) -> int:
-    return sum(map(moe.is_moe_layer, range(config.num_layers))) if moe else 0
+    return attention + _router_weights(config, moe) + chosen + _shared_weights(config, moe)
 
 
 def _router_weights(config: ModelConfig, moe: MoEConfig) -> int:
@@ -191,10 +249,21 @@ def _windows(config: ModelConfig, index: int) -> list[int | None]:
 
 
 def _core_flops(config: ModelConfig, seq_length: int, window: int | None, convention: Convention) -> float:
-    """Training FLOPs per token of one core attention: products of 2 K FLOPs per query-key pair and head."""
+    """Training FLOPs per token of one core attention: products of 2 K FLOPs per query-key pair and head.
+
+    Scores and their gradients for queries and keys have the width of a key, the others that of a value.
+    """
     first_S = first_keys([0] * seq_length, window)
-    if convention == "causal":  # two products forward, four backward
-        pairs, products = sum(query + 1 - first for query, first in enumerate(first_S)), 6
-    else:  # the backward pass makes the scores again
-        pairs, products = sum((end - begin) * (end - first) for begin, end, first in key_ranges(first_S)), 7
-    return products * 2 * config.head_dim * config.num_attention_heads * pairs / seq_length
+    if convention == "causal":
+        pairs = sum(query + 1 - first for query, first in enumerate(first_S))
+    elif convention == "full":
+        pairs = seq_length**2
+    else:
+        pairs = sum((end - begin) * (end - first) for begin, end, first in key_ranges(first_S))
+    key_width = value_width = config.head_dim
+    if isinstance(config.attention, LatentAttention):
+        key_width = config.attention.qk_head_dim + config.attention.qk_pos_emb_head_dim
+        value_width = config.attention.v_head_dim
+    # Two products forward, four backward, where the executed ones make the scores again.
+    width = 3 * (key_width + value_width) + (key_width if convention == "executed" else 0)
+    return 2 * width * config.num_attention_heads * pairs / seq_length
