@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 pretrain.py --deepspeed_config ds_configs/v1_tiny.json --data-path data/corpus
     python pretrain.py --deepspeed_config ds_configs/v1.json --data-path data/corpus
 
-``--help`` lists every setting. The same command again resumes from the newest whole checkpoint.
+``--help`` lists every setting. The same command again resumes from the newest whole checkpoint. ``--self-test`` only
+checks that this topology computes what one process computes.
 """
 
 from megatron_ds.config.load import load_config
@@ -18,9 +19,14 @@ def main(argv: list[str]) -> None:
     from megatron_ds.parallel.groups import distributed
     from megatron_ds.train.build import build_run
     from megatron_ds.train.loop import train
+    from megatron_ds.train.self_test import self_test
 
-    with distributed(loaded.config.megatron_ds.parallel) as groups, build_run(loaded, groups) as run:
-        train(run)
+    with distributed(loaded.config.megatron_ds.parallel) as groups:
+        if loaded.config.megatron_ds.training.self_test:
+            self_test(loaded.config, groups)
+            return
+        with build_run(loaded, groups) as run:
+            train(run)
 
 
 if __name__ == "__main__":
