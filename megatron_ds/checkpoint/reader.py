@@ -7,6 +7,7 @@ wrote does not matter here. Whether the files are intact does not either: ``stor
 
 import json
 from collections import defaultdict
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -23,6 +24,8 @@ from megatron_ds.errors import CheckpointError
 
 SHARD, RANK_STATE = "shard_{rank:05d}_{part:03d}.safetensors", "rank_{rank:05d}.safetensors"
 CONFIG, TRAINER = "config.json", "trainer.json"
+MEAN = "ema"
+"""Kind of the running mean of a weight."""
 PIECES = "pieces"
 """Key of a shard's header metadata: JSON, tensor key -> Piece."""
 PIECES_JSON = TypeAdapter(dict[str, Piece])
@@ -97,6 +100,19 @@ class Checkpoint:
         if missing:
             raise CheckpointError(f"{self.path}: {missing} of {length} wanted elements of {kind} of {name} are missing")
         return values
+
+    def averaged(self) -> "Checkpoint":
+        """The same with the running mean of every weight that has one in place of the weight.
+
+        CheckpointError when it has none at all.
+        """
+        means = {name: stored for (name, kind), stored in self._index.items() if kind == MEAN}
+        if not means:
+            raise CheckpointError(f"{self.path}: has no running mean of its weights; train with --ema-decay")
+        twin = copy(self)
+        weights = {(name, "weight"): stored for name, stored in means.items()}
+        twin.__dict__["_index"] = {key: weights.get(key, stored) for key, stored in self._index.items()}
+        return twin
 
     def rank_state(self, rank: int) -> dict[str, Tensor] | None:
         """Random states of a rank by their names; None when the run that wrote had no such rank."""

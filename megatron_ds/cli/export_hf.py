@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     places = "in the same files, in OUTPUT-mtp or nowhere; auto: wherever the output then loads without a warning"
     add("--mtp", default="auto", choices=["auto", *MTP_PLACES], help=f"blocks of multi-token prediction: {places}")
     add("--dtype", choices=list(FORMATS), help="number format of the weights; by default the run's")
+    add("--ema", action="store_true", help="export the running mean of the weights (training with --ema-decay)")
     add("--verify", action="store_true", help="load the result in a fresh process, compare it with the training model")
     add("--tokenizer", type=Path, metavar="DIR", help="tokenizer directory; by default the checkpoint's copy")
     add("--max-shard-size", metavar="SIZE", default="4GiB", help="largest weight file: 4GiB (default), 500MB ...")
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_ds.hf.export import export, mtp_directory
 
     checkpoint = open_checkpoint(args.load)
+    checkpoint = checkpoint.averaged() if args.ema else checkpoint
     exported = export(checkpoint, args.output, options)
     target = exported.target
     print(f"exported step {checkpoint.step} as {target.model_type} to {args.output}")

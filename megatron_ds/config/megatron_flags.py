@@ -127,7 +127,8 @@ _LAYOUT = (
     "chunks are counted per rank, and their layers listed",
     "use --num-virtual-stages-per-pipeline-rank or --pipeline-model-parallel-layout",
 )
-_WHOLE = ("a checkpoint is always saved and loaded whole", "leave it out")
+_WHOLE = ("a checkpoint is always saved whole", "leave it out")
+_WEIGHTS = ("a checkpoint is loaded whole, or its weights alone", "use --finetune")
 _MODEL = ("the feed-forward block is SwiGLU without biases", "leave it out")
 _OURS = ("overlap is the engine's business", "leave it out")
 REFUSED_FLAGS: dict[str, tuple[str, str]] = {
@@ -185,8 +186,8 @@ REFUSED_FLAGS: dict[str, tuple[str, str]] = {
     "--mock-data": ("a corpus is built in a minute", "run megatron-ds prepare-data"),
     "--no-save-optim": _WHOLE,
     "--no-save-rng": _WHOLE,
-    "--no-load-optim": _WHOLE,
-    "--no-load-rng": _WHOLE,
+    "--no-load-optim": _WEIGHTS,
+    "--no-load-rng": _WEIGHTS,
     "--use-checkpoint-args": ("the configuration file decides", "pass the run's config.json as --deepspeed_config"),
     "--wandb-save-dir": ("W&B files live in the run directory", "use --run-dir"),
 }

@@ -181,7 +181,7 @@ class CheckpointConfig(Section):
     load: str | None = None
     """Directory to resume from; by default the save directory."""
     finetune: bool = False
-    """Take only the weights of ``load``, and begin at step 0; without effect once this run has a checkpoint."""
+    """Take only the weights of ``load`` and begin at step 0; once this run has a checkpoint of its own, resume that."""
     save_interval: PositiveInt | None = 1000
     """Steps between checkpoints; null saves only at the end."""
 

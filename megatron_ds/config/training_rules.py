@@ -76,7 +76,14 @@ def split_leaves_training_data(config: RunConfig) -> Iterator[Problem]:
         yield problem(config, "data.split", rule, "give the first share a number > 0", "training.skip_train")
 
 
+def finetuning_begins_with_weights(config: RunConfig) -> Iterator[Problem]:
+    checkpoint = config.megatron_ds.checkpoint
+    if checkpoint.finetune and checkpoint.load is None:
+        yield problem(config, "checkpoint.finetune", "needs weights to begin with", "give --load", "checkpoint.load")
+
+
 TRAINING_RULES = (
+    finetuning_begins_with_weights,
     vocabulary_is_known,
     there_is_data,
     blends_are_weights_and_prefixes,

@@ -7,6 +7,7 @@ of a weight lies in such a tensor; saving and loading are loops over slots, for 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -14,8 +15,12 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
+from megatron_ds.checkpoint.reader import MEAN
 from megatron_ds.checkpoint.store import Checkpoint, Fragment
 from megatron_ds.parallel.shard import box_of, full_shape, shards_of
+
+if TYPE_CHECKING:  # it looks for the slots here
+    from megatron_ds.engine.average import WeightAverage
 
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -69,8 +74,10 @@ def _shards(optimizer) -> list[Tensor]:
     return optimizer.single_partition_of_fp32_groups
 
 
-def fragments(engine: DeepSpeedEngine, weights: dict[str, Tensor]) -> Iterator[Fragment]:
-    """The fragments that this rank writes: each part of each weight and of its optimizer state exactly once."""
+def fragments(
+    engine: DeepSpeedEngine, weights: dict[str, Tensor], average: "WeightAverage | None" = None
+) -> Iterator[Fragment]:
+    """The fragments that this rank writes: each part of each weight, its optimizer state and its mean exactly once."""
     states = _inner(engine).state
     replicated = isinstance(engine.optimizer, torch.optim.Optimizer)
     for name, buffer in weights.items():
@@ -84,6 +91,8 @@ def fragments(engine: DeepSpeedEngine, weights: dict[str, Tensor]) -> Iterator[F
         tensors = {"weight": slot.owner} | {
             kind: value for kind, value in states.get(slot.owner, {}).items() if value.shape == slot.owner.shape
         }
+        if average is not None:
+            tensors[MEAN] = average.of(slot.owner)
         for kind, tensor in tensors.items():
             yield Fragment(slot.name, kind, slot.shape, slot.box, slot.start, slot.view(tensor))
 
@@ -106,25 +115,47 @@ def counters(engine: DeepSpeedEngine) -> dict:
 
 
 @torch.no_grad()
-def restore(engine: DeepSpeedEngine, weights: dict[str, Tensor], checkpoint: Checkpoint, saved: dict) -> None:
-    """Load weights, optimizer state and ``counters`` from a checkpoint of any layout."""
-    states = _inner(engine).state
-    for slot in slots(engine, weights):
-        for kind in checkpoint.kinds(slot.name):
-            if kind == "weight":
-                target = slot.owner
-            else:
-                target = states[slot.owner].setdefault(kind, torch.zeros_like(slot.owner, requires_grad=False))
-            slot.view(target).copy_(checkpoint.read_range(slot.name, kind, slot.box, slot.start, slot.length))
-        if saved["optimizer"]:
-            states[slot.owner].update({k: torch.tensor(v, dtype=torch.float32) for k, v in saved["optimizer"].items()})
-        if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
-            slot.parameter.ds_tensor.view(-1)[: slot.length].copy_(slot.view(slot.owner))
+def restore_weights(engine: DeepSpeedEngine, weights: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Load the weights and buffers of a checkpoint of any layout, and nothing else."""
     stage_3 = isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
+    for slot in slots(engine, weights):
+        here = slot.view(slot.owner)
+        here.copy_(checkpoint.read_range(slot.name, "weight", slot.box, slot.start, slot.length))
+        if stage_3:
+            slot.parameter.ds_tensor.view(-1)[: slot.length].copy_(here)
     for name, weight in weights.items():
         if not (stage_3 and isinstance(weight, nn.Parameter)):
             values = checkpoint.read_range(name, "weight", box_of(weight), 0, weight.numel())
             weight.copy_(values.view(weight.shape))
+
+
+@torch.no_grad()
+def restore(
+    engine: DeepSpeedEngine,
+    weights: dict[str, Tensor],
+    checkpoint: Checkpoint,
+    saved: dict,
+    average: "WeightAverage | None" = None,
+) -> None:
+    """Load weights, optimizer state, ``counters`` and the mean of the weights from a checkpoint of any layout.
+
+    A checkpoint without means lets ``average`` begin with its weights.
+    """
+    restore_weights(engine, weights, checkpoint)
+    if average is not None:
+        average.reset()
+    states = _inner(engine).state
+    for slot in slots(engine, weights):
+        for kind in set(checkpoint.kinds(slot.name)) - {"weight"}:
+            if kind != MEAN:
+                target = states[slot.owner].setdefault(kind, torch.zeros_like(slot.owner, requires_grad=False))
+            elif average is not None:
+                target = average.of(slot.owner)
+            else:
+                continue
+            slot.view(target).copy_(checkpoint.read_range(slot.name, kind, slot.box, slot.start, slot.length))
+        if saved["optimizer"]:
+            states[slot.owner].update({k: torch.tensor(v, dtype=torch.float32) for k, v in saved["optimizer"].items()})
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     engine.global_steps = saved["global_steps"]

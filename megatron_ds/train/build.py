@@ -20,12 +20,13 @@ from megatron_ds.config.batch_plan import BatchPlan, batch_plan
 from megatron_ds.config.load import LoadedConfig
 from megatron_ds.config.lr_plan import warmup_tokens
 from megatron_ds.config.resolve import with_vocabulary
-from megatron_ds.config.schema import DataConfig, RunConfig
+from megatron_ds.config.schema import CheckpointConfig, DataConfig, RunConfig
 from megatron_ds.config.token_schedule import TokenSchedule
 from megatron_ds.data import tokenizer
 from megatron_ds.data.loader import Batch, BatchLoader, Datasets, build_datasets
+from megatron_ds.engine.average import WeightAverage
 from megatron_ds.engine.initialize import Engine, build_engine
-from megatron_ds.engine.state import counters, fragments, restore
+from megatron_ds.engine.state import counters, fragments, restore, restore_weights
 from megatron_ds.errors import ConfigError, MegatronError
 from megatron_ds.hf.decoder import check_tensors
 from megatron_ds.model import cost
@@ -53,6 +54,8 @@ class Run:
     """Training batches; None with skip_train and no training data."""
     datasets: Datasets
     batch_plan: BatchPlan
+    average: WeightAverage | None
+    """Running mean of the weights, with ema_decay."""
     learning_rate: LearningRate
     mtp_weight: TokenSchedule
     """Weight of the loss of MTP blocks."""
@@ -102,7 +105,7 @@ class Run:
         with self.monitor.phase("saving"):
             saved = self.store.save(
                 self.step,
-                fragments(self.engine, self.weights),
+                fragments(self.engine, self.weights, self.average),
                 rank_state=generator_state(self.groups.device),
                 trainer={
                     "step": self.step,
@@ -118,11 +121,16 @@ class Run:
             )
         self.monitor.checkpoint(CheckpointReport(self.step, saved.path, saved.seconds, saved.bytes))
 
+    def begin(self, checkpoint: Checkpoint) -> None:
+        """Take nothing but the weights of a checkpoint, whose tensors are known to be the model's."""
+        restore_weights(self.engine, self.weights, checkpoint)
+        if self.average is not None:
+            self.average.reset()
+
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint of any layout; CheckpointError when it holds another model."""
-        check_tensors(checkpoint, self.config.megatron_ds.model, self.config.megatron_ds.moe)
+        """Continue from a checkpoint of any layout, whose tensors are known to be the model's."""
         trainer = checkpoint.trainer
-        restore(self.engine, self.weights, checkpoint, trainer["engine"])
+        restore(self.engine, self.weights, checkpoint, trainer["engine"], self.average)
         state = checkpoint.rank_state(self.groups.rank)
         if state is not None:
             set_generator_state(state, self.groups.device)
@@ -173,8 +181,8 @@ def _assemble(config: RunConfig, loaded: LoadedConfig, groups: Groups, directory
         )
     engine, weights = build_engine(config, groups, pretraining(ours.model, groups.tensor))
     store = CheckpointStore(Path(ours.checkpoint.save or directory.checkpoints), groups)
-    checkpoint = open_checkpoint(Path(ours.checkpoint.load), peers=groups) if ours.checkpoint.load else store.newest()
-    trainer = checkpoint.trainer if checkpoint else {}
+    checkpoint, resumes = find_checkpoint(ours.checkpoint, store, groups)
+    trainer = checkpoint.trainer if resumes else {}
     monitor = Monitor(
         ours.monitor,
         config.wandb,
@@ -199,6 +207,7 @@ def _assemble(config: RunConfig, loaded: LoadedConfig, groups: Groups, directory
         loader=train_loader(config, groups, datasets),
         datasets=datasets,
         batch_plan=plan,
+        average=WeightAverage(engine, weights, ours.training.ema_decay) if ours.training.ema_decay else None,
         learning_rate=LearningRate(ours.training, config.optimizer.params.lr, warm),
         mtp_weight=TokenSchedule.parse(ours.training.mtp_loss_scaling_factor),
         bias_rate=TokenSchedule.parse(ours.moe.moe_router_bias_update_rate if ours.moe else 0.0),
@@ -208,11 +217,35 @@ def _assemble(config: RunConfig, loaded: LoadedConfig, groups: Groups, directory
     )
     monitor.message(header(config, loaded, groups, directory))
     if checkpoint:
-        run.resume(checkpoint)
+        check_tensors(checkpoint, ours.model, ours.moe)
         for reason in checkpoint.rejected:
             monitor.message(f"skipped a damaged checkpoint: {reason}")
-        monitor.message(f"resumed at step {run.step} from {checkpoint.path}")
+        if resumes:
+            run.resume(checkpoint)
+            monitor.message(f"resumed at step {run.step} from {checkpoint.path}")
+        else:
+            run.begin(checkpoint)
+            monitor.message(f"begins with the weights of step {checkpoint.step} in {checkpoint.path}")
     return run
+
+
+def find_checkpoint(config: CheckpointConfig, store: CheckpointStore, groups: Groups) -> tuple[Checkpoint | None, bool]:
+    """The checkpoint that a run starts from, if there is one, and whether it resumes it or only takes the weights.
+
+    Raises CheckpointError when there is nothing whole, ConfigError when a run would begin with its own weights.
+    """
+    if config.load is None:
+        own = store.newest()
+        return own, own is not None
+    if config.finetune:
+        if Path(config.load).resolve() == store.directory.resolve():
+            raise ConfigError(
+                f"checkpoint.load = {config.load}: are the checkpoints of this run, and finetune begins another one; "
+                f"give it a name (--run-name)"
+            )
+        if own := store.newest():
+            return own, True
+    return open_checkpoint(Path(config.load), peers=groups), not config.finetune
 
 
 def train_loader(config: RunConfig, groups: Groups, datasets: Datasets) -> BatchLoader | None:

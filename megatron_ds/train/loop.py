@@ -114,6 +114,8 @@ def step(run: Run) -> StepResult:
         mtp_weight=run.mtp_weight.at(run.consumed_tokens),
         bias_rate=run.bias_rate.at(run.consumed_tokens),
     )
+    if run.average is not None and not run.engine.was_skipped:
+        run.average.update()
     out_of_time = losses.new_tensor([run.groups.rank == 0 and run.out_of_time])
     main, mtp, stop = run.groups.sum_over_world(torch.cat([losses, out_of_time])).tolist()
     loss, batch_size = main / max(num_counted, 1), run.batch_size

@@ -99,6 +99,15 @@ CASES = {
             1,
         ),
     ],
+    "finetuning_begins_with_weights": [
+        (
+            {"checkpoint.finetune": True},
+            "checkpoint.finetune",
+            "--load",
+            {"checkpoint.finetune": True, "checkpoint.load": "a"},
+            1,
+        ),
+    ],
     "samples_fit_the_positions": [
         (
             {"model.max_position_embeddings": 2047},
