@@ -1,12 +1,19 @@
 """From order tables to instructions: computes with the sends and receives they need.
 
-All ranks' tables are walked together in one global order, and each transfer is written into both peers' programs at the
-moment its producer is scheduled. So the transfers between any two ranks have the same order on both sides: pairs cannot
-mismatch, and with first-in-first-out channels nothing can deadlock. Receives are then posted one compute earlier, which
-changes no order, so that a message can travel while its receiver computes. A table whose dependencies can never be met
-is refused here, before any process starts.
+All ranks' tables are walked together in rounds. In a round every rank whose next compute has its inputs, from earlier
+rounds, does that one; what is produced is written into the programs of both ends at once: the sends of a round after
+its compute, the receives before it, so that a message travels while its receiver computes.
+
+Why nothing can deadlock: a message goes down (to a later rank) or up. Order the messages of each direction by round
+and, within a round, by sender: ascending for those that go down, descending for those that go up. Every program has
+its share in this order, since a rank sends once per round, and last. So one first-in-first-out channel per direction
+is enough, activations and gradients alike, even one that handles a single message of a rank at a time (as an NCCL
+communicator does), as long as sends are awaited at the end only.
+
+A table whose dependencies can never be met is refused here, before any process starts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +35,11 @@ class Transfer:
     """Pipeline rank at the other end."""
     peer_chunk: int
 
+    def received_from(self, rank: int) -> "Transfer":
+        """The other end of a message that ``rank`` sends."""
+        kind = "recv_activation" if self.kind == "send_activation" else "recv_gradient"
+        return Transfer(kind, self.micro_batch, self.peer_chunk, rank, self.chunk)
+
 
 Instruction = Compute | Transfer
 
@@ -47,56 +59,58 @@ def lower(tables: list[Table], num_chunks: int = 1, placement: Placement = LOOP)
     Raises:
         ScheduleError: some compute's input is never produced.
     """
-    num_ranks = len(tables)
-    num_stages = num_ranks * num_chunks
     programs: list[list[Instruction]] = [[] for _ in tables]
+    for computes in _rounds(tables, num_chunks, placement):
+        sent: dict[int, Transfer] = {}
+        for rank, compute in computes.items():
+            if message := _message(rank, compute, len(tables), num_chunks, placement):
+                sent[rank] = message
+        down = [rank for rank, message in sent.items() if message.peer > rank]
+        up = [rank for rank, message in reversed(sent.items()) if message.peer < rank]
+        for rank in (*down, *up):
+            programs[sent[rank].peer].append(sent[rank].received_from(rank))
+        for rank, compute in computes.items():
+            programs[rank].append(compute)
+            if rank in sent:
+                programs[rank].append(sent[rank])
+    return programs
+
+
+def _rounds(tables: list[Table], num_chunks: int, placement: Placement) -> Iterator[dict[int, Compute]]:
+    """What the ranks do in each round, by rank in ascending order."""
+    num_ranks = len(tables)
     position = [0] * num_ranks
     done: set[Pass] = set()
 
-    def transfer(what: str, rank: int, compute: Compute, to_stage: int) -> None:
-        """Write the message that ``compute`` on ``rank`` produces into the programs of both ends."""
-        target, to_chunk = placement.rank_and_chunk(to_stage, num_ranks)
-        number, chunk = compute.micro_batch, compute.chunk
-        if target == rank:
-            programs[rank].append(Transfer(f"hand_{what}", number, chunk, rank, to_chunk))
-            return
-        programs[rank].append(Transfer(f"send_{what}", number, chunk, target, to_chunk))
-        programs[target].append(Transfer(f"recv_{what}", number, to_chunk, rank, chunk))
+    def stage_of(rank: int, compute: Compute) -> int:
+        return placement.stage(rank, compute.chunk, num_ranks)
 
-    while any(position[rank] < len(table) for rank, table in enumerate(tables)):
-        progress = False
-        for rank, table in enumerate(tables):
-            if position[rank] == len(table):
-                continue
-            compute = table[position[rank]]
-            stage = placement.stage(rank, compute.chunk, num_ranks)
-            if not done.issuperset(dependencies(compute.kind, stage, compute.micro_batch, num_stages)):
-                continue
-            progress = True
-            position[rank] += 1
-            kind = global_kind(compute.kind)
-            done.add((kind, stage, compute.micro_batch))
-            programs[rank].append(compute)
-            if kind == "forward" and stage < num_stages - 1:
-                transfer("activation", rank, compute, stage + 1)
-            if kind == "backward" and stage > 0:
-                transfer("gradient", rank, compute, stage - 1)
-        if not progress:
-            waiting = {rank: table[position[rank]] for rank, table in enumerate(tables) if position[rank] < len(table)}
+    while waiting := {rank: table[position[rank]] for rank, table in enumerate(tables) if position[rank] < len(table)}:
+        ready = {
+            rank: compute
+            for rank, compute in waiting.items()
+            if done.issuperset(
+                dependencies(compute.kind, stage_of(rank, compute), compute.micro_batch, num_ranks * num_chunks)
+            )
+        }
+        if not ready:
             raise ScheduleError(f"schedule deadlock, every rank waits: {waiting}")
-    return [_post_early(program) for program in programs]
+        for rank, compute in ready.items():
+            position[rank] += 1
+            done.add((global_kind(compute.kind), stage_of(rank, compute), compute.micro_batch))
+        yield ready
 
 
-def _post_early(program: list[Instruction]) -> list[Instruction]:
-    """The program with every receive moved before the compute that precedes it."""
-    posted: list[Instruction] = []
-    before_last_compute = 0
-    for instruction in program:
-        if isinstance(instruction, Transfer) and instruction.kind.startswith("recv"):
-            posted.insert(before_last_compute, instruction)
-            before_last_compute += 1
-            continue
-        if isinstance(instruction, Compute):
-            before_last_compute = len(posted)
-        posted.append(instruction)
-    return posted
+def _message(rank: int, compute: Compute, num_ranks: int, num_chunks: int, placement: Placement) -> Transfer | None:
+    """What a rank sends, or hands to another of its chunks, after a compute."""
+    stage = placement.stage(rank, compute.chunk, num_ranks)
+    kind = global_kind(compute.kind)
+    if kind == "forward" and stage < num_ranks * num_chunks - 1:
+        what, to_stage = "activation", stage + 1
+    elif kind == "backward" and stage > 0:
+        what, to_stage = "gradient", stage - 1
+    else:
+        return None
+    peer, peer_chunk = placement.rank_and_chunk(to_stage, num_ranks)
+    verb = "hand" if peer == rank else "send"
+    return Transfer(f"{verb}_{what}", compute.micro_batch, compute.chunk, peer, peer_chunk)

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_ds.config.resolve import nearest_multiples
+
 Kind = Literal["forward", "backward", "backward_input", "backward_weight"]
 
 
@@ -127,12 +129,12 @@ def zero_bubble_h1(rank: int, num_ranks: int, num_micro_batches: int, num_chunks
 
 
 def zero_bubble_v(rank: int, num_ranks: int, num_micro_batches: int, num_chunks: int) -> Iterator[Compute]:
-    """ZB-V (arXiv 2405.15362): two chunks, so placed that the last stage is on the first rank.
+    """ZB-V (arXiv 2405.15362, 3): two chunks, so placed that the last stage is on the first rank.
 
     Each rank repeats one cycle of six passes; until it is full, and when no forward is left, parts of the cycle stand
-    alone. With equal times for the three kinds of pass no rank waits between its first pass and the drain, and none
-    holds more activations than the first one under 1F1B. Fewer micro-batches than a full cycle needs are the same table
-    without the others.
+    alone. With equal times for the three kinds of pass no rank waits between its first pass and its last, if there are
+    2P - 1 micro-batches, and none holds more activations than the first one under 1F1B. Fewer micro-batches use the
+    same table without the others.
     """
     down, up = 0, 1
     count: Counter[tuple[Kind, int]] = Counter()
@@ -174,14 +176,6 @@ def zero_bubble_v(rank: int, num_ranks: int, num_micro_batches: int, num_chunks:
             yield from nth("backward_weight", chunk)
 
 
-def _forward_only(rank: int, num_ranks: int, num_micro_batches: int, num_chunks: int) -> Iterator[Compute]:
-    """Rounds of P micro-batches through every chunk, the last round shorter."""
-    for first in range(0, num_micro_batches, num_ranks):
-        for chunk in range(num_chunks):
-            for micro_batch in range(first, min(first + num_ranks, num_micro_batches)):
-                yield Compute("forward", micro_batch, chunk)
-
-
 # --- schedules ------------------------------------------------------------------------------------------------------
 
 
@@ -197,14 +191,14 @@ class Schedule:
     """Whether the micro-batches must be a multiple of the ranks."""
 
     def problem(self, num_ranks: int, num_micro_batches: int, num_chunks: int) -> str | None:
-        """What is wrong with these sizes, as a rule and its fix; None if nothing is."""
+        """What is wrong with these sizes for the schedule, which "it" stands for; None if nothing is."""
         least, most = self.chunks
         if num_chunks < least or (most is not None and num_chunks > most):
             wanted = f"{least}" if least == most else f"{least} or more"
-            return f"{num_chunks} chunks per rank, but the schedule needs {wanted}"
+            return f"it needs {wanted} chunk{'s' * (wanted != '1')} per rank, not {num_chunks}"
         if self.whole_rounds and num_micro_batches % num_ranks:
-            nearest = max(num_micro_batches // num_ranks, 1) * num_ranks
-            return f"{num_micro_batches} micro-batches are no multiple of the {num_ranks} ranks; use {nearest}"
+            fix = f"use {nearest_multiples(num_micro_batches, num_ranks)}"
+            return f"its micro-batches must be a multiple of the {num_ranks} ranks, not {num_micro_batches}; {fix}"
         return None
 
     def tables(self, num_ranks: int, num_micro_batches: int, num_chunks: int) -> list[Table]:
@@ -223,6 +217,23 @@ SCHEDULES: dict[str, Schedule] = {
 """Training schedules by the ``kind`` of ``parallel.schedule``."""
 
 
-def forward_only(num_ranks: int, num_micro_batches: int, num_chunks: int) -> list[Table]:
-    """Evaluation, under any placement: the table of every rank, every micro-batch forward through every chunk."""
-    return [list(_forward_only(rank, num_ranks, num_micro_batches, num_chunks)) for rank in range(num_ranks)]
+def forward_only(num_ranks: int, num_micro_batches: int, num_chunks: int, placement: Placement = LOOP) -> list[Table]:
+    """Evaluation: the table of every rank, every micro-batch forward through every chunk.
+
+    Any number of micro-batches. Passes of equal length meet at ticks: a micro-batch moves on by one virtual stage per
+    tick, and its followers are so far behind it that no rank is needed twice.
+    """
+
+    def tick(rank: int, compute: Compute) -> int:
+        stage = placement.stage(rank, compute.chunk, num_ranks)
+        if placement.shape == "v":  # the chunks of a rank are an odd number of stages apart
+            return stage + num_chunks * compute.micro_batch
+        group, place = divmod(compute.micro_batch, num_ranks)
+        return stage + group * num_ranks * num_chunks + place
+
+    passes = [
+        Compute("forward", micro_batch, chunk)
+        for micro_batch in range(num_micro_batches)
+        for chunk in range(num_chunks)
+    ]
+    return [sorted(passes, key=lambda compute: tick(rank, compute)) for rank in range(num_ranks)]

@@ -5,9 +5,10 @@ how long a message between two ranks is under way; messages do not delay each ot
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_ds.pipeline.lowering import ScheduleError
-from megatron_ds.pipeline.schedule import LOOP, Pass, Placement, Table, dependencies, global_kind
+from megatron_ds.pipeline.schedule import LOOP, Compute, Pass, Placement, Table, dependencies, global_kind
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,15 @@ class Durations:
         )
 
 
+class Span(NamedTuple):
+    """One pass when it ran, simulated or measured."""
+
+    rank: int
+    compute: Compute
+    start: float
+    end: float
+
+
 @dataclass(frozen=True)
 class Simulation:
     """What happened on the clock."""
@@ -40,10 +50,16 @@ class Simulation:
     """Time from the first start to the last end, in the unit of the durations."""
     bubble: list[float]
     """Idle share of the makespan, per rank."""
-    peak_activations: list[int]
-    """Most chunk activations alive at once, per rank: from the forward pass to the end of the (weight's) backward."""
-    spans: list[list[tuple[float, float]]]
-    """(start, end) of every compute, in table order, per rank."""
+    peak_activations: list[float]
+    """Most activations alive at once, per rank, in those of a whole stage (all chunks of the rank): each lives from its
+    forward pass to the end of its backward pass, including the weights' part."""
+    spans: list[Span]
+    """Every pass, rank by rank, in the order of its table."""
+
+    @property
+    def mean_bubble(self) -> float:
+        """Idle share over all ranks."""
+        return sum(self.bubble) / len(self.bubble)
 
 
 def simulate(
@@ -55,9 +71,8 @@ def simulate(
         ScheduleError: the tables deadlock.
     """
     num_ranks = len(tables)
-    num_stages = num_ranks * num_chunks
     end: dict[Pass, float] = {}
-    spans: list[list[tuple[float, float]]] = [[] for _ in tables]
+    spans: list[list[Span]] = [[] for _ in tables]
 
     def arrival(rank: int, need: Pass) -> float:
         here = placement.rank_and_chunk(need[1], num_ranks)[0] == rank
@@ -69,24 +84,30 @@ def simulate(
             while len(spans[rank]) < len(table):
                 compute = table[len(spans[rank])]
                 stage = placement.stage(rank, compute.chunk, num_ranks)
-                needs = dependencies(compute.kind, stage, compute.micro_batch, num_stages)
+                needs = dependencies(compute.kind, stage, compute.micro_batch, num_ranks * num_chunks)
                 if not all(need in end for need in needs):
                     break
-                free = spans[rank][-1][1] if spans[rank] else 0.0
+                free = spans[rank][-1].end if spans[rank] else 0.0
                 start = max([free, *(arrival(rank, need) for need in needs)])
                 finish = start + getattr(durations, compute.kind)
-                spans[rank].append((start, finish))
+                spans[rank].append(Span(rank, compute, start, finish))
                 end[global_kind(compute.kind), stage, compute.micro_batch] = finish
                 progress = True
         if not progress:
             raise ScheduleError("schedule deadlock")
 
-    makespan = max(span[-1][1] for span in spans if span)
-    busy = [sum(finish - start for start, finish in span) for span in spans]
-    return Simulation(makespan, [1 - time / makespan for time in busy], [_peak(table) for table in tables], spans)
+    makespan = max(own[-1].end for own in spans if own)
+    busy = [sum(span.end - span.start for span in own) for own in spans]
+    return Simulation(
+        makespan=makespan,
+        bubble=[1 - time / makespan for time in busy],
+        peak_activations=[_peak(table) / num_chunks for table in tables],
+        spans=[span for own in spans for span in own],
+    )
 
 
 def _peak(table: Table) -> int:
+    """Most chunk activations alive at once."""
     change = {"forward": 1, "backward": -1, "backward_input": 0, "backward_weight": -1}
     alive = peak = 0
     for compute in table:
