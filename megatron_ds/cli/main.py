@@ -16,6 +16,8 @@ SUBCOMMANDS: dict[str, str] = {
     "train-tokenizer": "megatron_ds.cli.train_tokenizer",
     "prepare-data": "megatron_ds.cli.prepare_data",
     "inspect-data": "megatron_ds.cli.inspect_data",
+    "schedule": "megatron_ds.cli.schedule",
+    "plan": "megatron_ds.cli.plan",
     "experts": "megatron_ds.cli.experts",
     "export-hf": "megatron_ds.cli.export_hf",
     "generate": "megatron_ds.cli.generate",
