@@ -1,26 +1,24 @@
 """Pictures of a schedule: the order as text, the course in time as SVG and as a Chrome trace.
 
-All of them take order tables, and those in time the (start, end) of every pass, so a measured run is drawn like a
-simulated one. Nothing is computed here but places and colours; the SVG is written by hand and needs no library.
+The order is made from tables, the course from the ``Span`` of every pass, so a measured run is drawn like a simulated
+one. Nothing is computed here but places and colours; the SVG is written by hand and needs no library.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from itertools import chain
 from math import floor, log10
 from typing import Any
 
 from megatron_ds.pipeline.schedule import Compute, Kind, Table
-
-Spans = Sequence[Sequence[tuple[float, float]]]
-"""(start, end) of every pass, rank by rank, in the order of the tables."""
+from megatron_ds.pipeline.simulate import Span
 
 LETTERS: dict[Kind, str] = {"forward": "F", "backward": "B", "backward_input": "I", "backward_weight": "W"}
 WORDS: dict[Kind, str] = {
     "forward": "forward",
     "backward": "backward",
-    "backward_input": "backward of the inputs",
-    "backward_weight": "backward of the weights",
+    "backward_input": "input gradients",
+    "backward_weight": "weight gradients",
 }
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -34,8 +32,8 @@ def label(compute: Compute, num_chunks: int) -> str:
 
 def notation(tables: Sequence[Table], num_chunks: int) -> str:
     """What the labels mean, for the kinds that occur."""
-    kinds = ", ".join(f"{LETTERS[kind]} {WORDS[kind]}" for kind in _kinds(tables))
-    return f"{kinds}; the number after it is the micro-batch{', before it the chunk' if num_chunks > 1 else ''}"
+    kinds = ", ".join(f"{LETTERS[kind]} {WORDS[kind]}" for kind in _kinds(chain.from_iterable(tables)))
+    return f"{kinds}; {'1F0: chunk 1, micro-batch 0' if num_chunks > 1 else 'F0: micro-batch 0'}"
 
 
 def order_lines(tables: Sequence[Table], num_chunks: int, width: int) -> list[str]:
@@ -65,7 +63,7 @@ COLOURS: dict[Kind, tuple[int, int, int]] = {
     "backward_input": (0xB8, 0x42, 0x00),
     "backward_weight": (0x00, 0x70, 0x55),
 }
-"""Of chunk 0; further chunks are lighter. They differ in hue and in lightness, so also for who does not see red."""
+"""Of chunk 0; further chunks are lighter."""
 INK, PAPER, IDLE, RULE = "#1a1a1a", "#ffffff", "#e9ebee", "#c3c7cc"
 LIGHTEST = 0.62
 """How much white the last chunk's colour has."""
@@ -78,12 +76,11 @@ NARROWEST, WIDEST = 640, 16000
 """Pixels that the time axis may have."""
 
 
-def svg(tables: Sequence[Table], spans: Spans, *, title: str, num_chunks: int = 1, unit: str = "") -> str:
+def svg(spans: Sequence[Span], *, title: str, num_chunks: int = 1, unit: str = "") -> str:
     """A picture of the course: a lane per rank, a box per pass with its micro-batch in it, colour by kind and chunk.
 
     Args:
-        tables: order table of every rank.
-        spans: when its passes ran.
+        spans: every pass, when it ran; the axis begins with the first one.
         title: line on top.
         num_chunks: model chunks per rank.
         unit: of the times, for the axis.
@@ -91,12 +88,13 @@ def svg(tables: Sequence[Table], spans: Spans, *, title: str, num_chunks: int = 
     Returns:
         A complete SVG document. Boxes have their pass and its times as tooltips.
     """
-    begin = min(start for own in spans for start, _ in own)
-    span = max(end for own in spans for _, end in own) - begin
-    scale = _scale(tables, spans, span)
-    bottom = TOP + LANE * len(tables)
-    legend = list(_legend(tables, num_chunks, bottom + 38))
-    width = max(LEFT + span * scale + RIGHT, _text_width(title, 15) + LEFT + RIGHT, *(right for _, right in legend))
+    begin = min(span.start for span in spans)
+    length = max(span.end for span in spans) - begin
+    scale = _scale(spans, length)
+    num_ranks = 1 + max(span.rank for span in spans)
+    bottom = TOP + LANE * num_ranks
+    legend = list(_legend(spans, num_chunks, bottom + 38))
+    width = max(LEFT + length * scale + RIGHT, _text_width(title, 15) + LEFT + RIGHT, *(right for _, right in legend))
     height = bottom + 88
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_n(width)} {height}" width="{_n(width)}" '
@@ -104,15 +102,14 @@ def svg(tables: Sequence[Table], spans: Spans, *, title: str, num_chunks: int = 
         f"<title>{escape(title)}</title>",
         f'<rect width="100%" height="100%" fill="{PAPER}"/>',
         _text(LEFT, 28, title, size=15, weight="bold"),
-        *_axis(span, begin, scale, bottom, unit),
+        *_axis(length, scale, bottom, unit),
     ]
-    for rank, (table, own) in enumerate(zip(tables, spans, strict=True)):
+    for rank in range(num_ranks):
         top = TOP + LANE * rank
         parts.append(_text(LEFT - 10, top + LANE / 2 + 4, f"rank {rank}", size=12, anchor="end"))
-        parts.append(_rect(LEFT, top + (LANE - BOX) / 2, span * scale, BOX, IDLE))
-        for compute, (start, end) in zip(table, own, strict=True):
-            place = LEFT + (start - begin) * scale, top + (LANE - BOX) / 2, (end - start) * scale
-            parts += _box(compute, place, num_chunks, f"rank {rank}, {_times(start - begin, end - begin, unit)}")
+        parts.append(_rect(LEFT, top + (LANE - BOX) / 2, length * scale, BOX, IDLE))
+    for span in spans:
+        parts += _box(span, begin, scale, num_chunks, unit)
     return "\n".join([*parts, *(part for part, _ in legend), "</svg>", ""])
 
 
@@ -134,19 +131,22 @@ def contrast(one: str, other: str) -> float:
     return (lighter + 0.05) / (darker + 0.05)
 
 
-def _scale(tables: Sequence[Table], spans: Spans, span: float) -> float:
+def _scale(spans: Sequence[Span], length: float) -> float:
     """Pixels per unit of time: so that the longest number fits into the shortest box, within limits."""
-    longest = max(len(str(compute.micro_batch)) for compute in chain.from_iterable(tables))
-    shortest = min(end - start for own in spans for start, end in own if end > start)
+    longest = max(len(str(span.compute.micro_batch)) for span in spans)
+    shortest = min(span.end - span.start for span in spans if span.end > span.start)
     fitting = (longest * GLYPH * FONT + 6) / shortest
-    return min(max(fitting, NARROWEST / span), WIDEST / span)
+    return min(max(fitting, NARROWEST / length), WIDEST / length)
 
 
-def _box(compute: Compute, place: tuple[float, float, float], num_chunks: int, where: str) -> Iterator[str]:
-    x, y, width = place
+def _box(span: Span, begin: float, scale: float, num_chunks: int, unit: str) -> Iterator[str]:
+    """A pass: its box, with a tooltip, and its number if there is room."""
+    rank, compute, start, end = span
+    x, y, width = LEFT + (start - begin) * scale, TOP + LANE * rank + (LANE - BOX) / 2, (end - start) * scale
     fill = colour(compute.kind, compute.chunk, num_chunks)
     chunk = f", chunk {compute.chunk}" if num_chunks > 1 else ""
-    told = f"{WORDS[compute.kind]}, micro-batch {compute.micro_batch}{chunk}, {where}"
+    times = f"{start - begin:.6g} to {end - begin:.6g} {unit}".rstrip()
+    told = f"{WORDS[compute.kind]}, micro-batch {compute.micro_batch}{chunk}, rank {rank}, {times}"
     yield _rect(x, y, width, BOX, fill, told)
     number = str(compute.micro_batch)
     size = min(FONT, (width - 2) / (GLYPH * len(number)))
@@ -158,10 +158,10 @@ def _ink_on(fill: str) -> str:
     return max(INK, PAPER, key=lambda ink: contrast(ink, fill))
 
 
-def _axis(span: float, begin: float, scale: float, bottom: float, unit: str) -> Iterator[str]:
+def _axis(length: float, scale: float, bottom: float, unit: str) -> Iterator[str]:
     """Ticks at round times from the first start on, at least 60 pixels apart."""
     step = _round_up(60 / scale)
-    for number in range(floor(span / step + 1e-9) + 1):
+    for number in range(floor(length / step + 1e-9) + 1):
         x = LEFT + number * step * scale
         yield f'<path d="M{_n(x)} {TOP - 4}V{bottom + 4}" stroke="{RULE}"/>'
         yield _text(x, bottom + 18, f"{number * step:g}", size=11, anchor="middle")
@@ -174,10 +174,10 @@ def _round_up(step: float) -> float:
     return next(power * digit for digit in (1, 2, 5, 10) if power * digit >= step * (1 - 1e-9))
 
 
-def _legend(tables: Sequence[Table], num_chunks: int, y: float) -> Iterator[tuple[str, float]]:
+def _legend(spans: Sequence[Span], num_chunks: int, y: float) -> Iterator[tuple[str, float]]:
     """Parts, and where each ends: every kind with the shades of its chunks."""
     x = float(LEFT)
-    for kind in _kinds(tables):
+    for kind in _kinds(span.compute for span in spans):
         for chunk in range(num_chunks):
             yield _rect(x, y, 18, 14, colour(kind, chunk, num_chunks)), x + 18
             x += 20
@@ -206,18 +206,14 @@ def _text_width(text: str, size: float) -> float:
     return len(text) * size * GLYPH
 
 
-def _times(start: float, end: float, unit: str) -> str:
-    return f"{start:.6g} to {end:.6g} {unit}".rstrip()
-
-
 def _n(number: float) -> str:
     """As short as a hundredth of a pixel allows."""
     return f"{number:.2f}".rstrip("0").rstrip(".")
 
 
-def _kinds(tables: Sequence[Table]) -> list[Kind]:
+def _kinds(computes: Iterable[Compute]) -> list[Kind]:
     """The kinds that occur, in the order of ``LETTERS``."""
-    present = {compute.kind for compute in chain.from_iterable(tables)}
+    present = {compute.kind for compute in computes}
     return [kind for kind in LETTERS if kind in present]
 
 
@@ -225,13 +221,12 @@ def _kinds(tables: Sequence[Table]) -> list[Kind]:
 
 
 def chrome_trace(
-    tables: Sequence[Table], spans: Spans, *, title: str, num_chunks: int = 1, microseconds: float = 1000.0
+    spans: Sequence[Span], *, title: str, num_chunks: int = 1, microseconds: float = 1000.0
 ) -> dict[str, Any]:
     """The course in the trace event format, for chrome://tracing or ui.perfetto.dev: a thread per rank.
 
     Args:
-        tables: order table of every rank.
-        spans: when its passes ran.
+        spans: every pass, when it ran.
         title: name of the process.
         num_chunks: model chunks per rank.
         microseconds: how many one unit of the times has.
@@ -239,20 +234,22 @@ def chrome_trace(
     Returns:
         An object for ``json.dump``.
     """
-    events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 0, "tid": 0, "args": {"name": title}}]
-    for rank, (table, own) in enumerate(zip(tables, spans, strict=True)):
-        events.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": rank, "args": {"name": f"rank {rank}"}})
-        for compute, (start, end) in zip(table, own, strict=True):
-            events.append(
-                {
-                    "ph": "X",
-                    "name": label(compute, num_chunks),
-                    "cat": compute.kind,
-                    "pid": 0,
-                    "tid": rank,
-                    "ts": start * microseconds,
-                    "dur": (end - start) * microseconds,
-                    "args": {"micro_batch": compute.micro_batch, "chunk": compute.chunk},
-                }
-            )
+    names = [("process_name", 0, title)]
+    names += [("thread_name", rank, f"rank {rank}") for rank in sorted({span.rank for span in spans})]
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "name": what, "pid": 0, "tid": thread, "args": {"name": name}} for what, thread, name in names
+    ]
+    for rank, compute, start, end in spans:
+        events.append(
+            {
+                "ph": "X",
+                "name": label(compute, num_chunks),
+                "cat": compute.kind,
+                "pid": 0,
+                "tid": rank,
+                "ts": start * microseconds,
+                "dur": (end - start) * microseconds,
+                "args": {"micro_batch": compute.micro_batch, "chunk": compute.chunk},
+            }
+        )
     return {"traceEvents": events, "displayTimeUnit": "ms"}

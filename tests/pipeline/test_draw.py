@@ -9,17 +9,19 @@ import pytest
 
 from megatron_ds.pipeline import draw
 from megatron_ds.pipeline.schedule import Compute
+from megatron_ds.pipeline.simulate import Span
 
 TABLES = [
     [Compute("forward", 0), Compute("forward", 0, 1), Compute("backward", 0, 1), Compute("backward", 0)],
     [Compute("forward", 0), Compute("backward_input", 10, 1), Compute("backward_weight", 10, 1)],
 ]
-SPANS = [[(2.0, 3.0), (3.0, 4.0), (6.0, 8.0), (8.0, 10.0)], [(3.0, 4.0), (4.5, 5.5), (5.5, 6.0)]]
+TIMES = [[(2.0, 3.0), (3.0, 4.0), (6.0, 8.0), (8.0, 10.0)], [(3.0, 4.0), (4.5, 5.5), (5.5, 6.0)]]
+SPANS = [Span(rank, c, *time) for rank in range(2) for c, time in zip(TABLES[rank], TIMES[rank], strict=True)]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def picture(tables=TABLES, spans=SPANS, **options):
-    return ElementTree.fromstring(draw.svg(tables, spans, **{"title": "a <b> & c", "num_chunks": 2} | options))
+def picture(spans=SPANS, **options):
+    return ElementTree.fromstring(draw.svg(spans, **{"title": "a <b> & c", "num_chunks": 2} | options))
 
 
 def boxes(root):
@@ -46,14 +48,12 @@ def test_a_box_per_pass_is_where_and_as_long_as_its_time():
     found = boxes(root)
     assert len(found) == 7
     scale = found[0][2] / 1.0
-    for (x, y, width, *_), (rank, (start, end)) in zip(
-        found, [(rank, span) for rank, own in enumerate(SPANS) for span in own], strict=True
-    ):
+    for (x, y, width, *_), (rank, _, start, end) in zip(found, SPANS, strict=True):
         assert x == pytest.approx(draw.LEFT + (start - 2.0) * scale, abs=0.02)
         assert width == pytest.approx((end - start) * scale, abs=0.02)
         assert y == draw.TOP + draw.LANE * rank + (draw.LANE - draw.BOX) / 2
     assert found[0][5] == "forward, micro-batch 0, chunk 0, rank 0, 0 to 1"
-    assert found[5][5] == "backward of the inputs, micro-batch 10, chunk 1, rank 1, 2.5 to 3.5"
+    assert found[5][5] == "input gradients, micro-batch 10, chunk 1, rank 1, 2.5 to 3.5"
 
 
 def test_numbers_are_inside_their_boxes_and_can_be_read():
@@ -78,13 +78,13 @@ def test_everything_is_on_the_canvas():
 def test_title_ranks_axis_and_legend_are_there():
     told = [text for _, _, text, _, _ in texts(picture(unit="ms"))]
     assert {"a <b> & c", "rank 0", "rank 1", "time, ms"} <= set(told)
-    assert {"forward", "backward", "backward of the inputs", "backward of the weights", "idle"} <= set(told)
+    assert {"forward", "backward", "input gradients", "weight gradients", "idle"} <= set(told)
     ticks = [x for x, y, text, _, _ in texts(picture()) if y == draw.TOP + 2 * draw.LANE + 18 and text != "time"]
     assert len(ticks) >= 4 and min(b - a for a, b in pairwise(ticks)) >= 60
 
 
 def test_only_what_occurs_is_in_the_legend():
-    told = {text for _, _, text, _, _ in texts(picture([[Compute("forward", 0)]], [[(0, 1)]], num_chunks=1))}
+    told = {text for _, _, text, _, _ in texts(picture([Span(0, Compute("forward", 0), 0, 1)], num_chunks=1))}
     assert "forward" in told and "backward" not in told
     assert "Numbers are the micro-batches." in told
 
@@ -106,7 +106,7 @@ def test_contrast_is_that_of_wcag():
 
 def test_a_very_short_pass_among_long_ones_stays_drawable():
     """As in a measured run: the picture keeps a limit, and a number that has no room is left out."""
-    root = picture([[Compute("forward", 0), Compute("forward", 1)]], [[(0, 1e-6), (1, 100)]])
+    root = picture([Span(0, Compute("forward", 0), 0, 1e-6), Span(0, Compute("forward", 1), 1, 100)])
     assert float(root.get("width")) <= draw.WIDEST + draw.LEFT + draw.RIGHT
     assert sum(text in ("0", "1") and draw.TOP < y < draw.TOP + draw.LANE for _, y, text, _, _ in texts(root)) == 1
 
@@ -129,12 +129,12 @@ def test_the_order_is_a_table():
         "rank 0  0B0",
         "rank 1",
     ]
-    assert draw.notation(TABLES[:1], 1) == "F forward, B backward; the number after it is the micro-batch"
+    assert draw.notation(TABLES[:1], 1) == "F forward, B backward; F0: micro-batch 0"
     assert draw.label(Compute("backward_weight", 7), 1) == "W7"
 
 
 def test_the_trace_has_the_shape_of_the_format():
-    trace = json.loads(json.dumps(draw.chrome_trace(TABLES, SPANS, title="run", num_chunks=2, microseconds=10)))
+    trace = json.loads(json.dumps(draw.chrome_trace(SPANS, title="run", num_chunks=2, microseconds=10)))
     assert set(trace) == {"traceEvents", "displayTimeUnit"} and trace["displayTimeUnit"] in ("ms", "ns")
     names = [(e["name"], e["tid"], e["args"]["name"]) for e in trace["traceEvents"] if e["ph"] == "M"]
     assert names == [("process_name", 0, "run"), ("thread_name", 0, "rank 0"), ("thread_name", 1, "rank 1")]
