@@ -21,7 +21,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 bench: $(VENV)/installed-dev
-	for file in attention_mask dense_step expert_compute expert_utilisation moe_exchange; do \
+	for file in attention_mask dense_step expert_compute expert_utilisation moe_exchange schedules; do \
 	  $(BIN)/python benchmarks/$$file.py --json benchmarks/results/$$file.json | tee benchmarks/results/$$file.txt || exit 1; \
 	done
 

@@ -19,8 +19,8 @@ BUBBLE: dict[str, Callable[[int, int, int], Fraction | int]] = {
     "zb_h1": lambda p, m, v: max(p - 1, 2 * p - 1 - m),
     "zb_v": lambda p, m, v: max(Fraction(p - 1, 2), 2 * p - 1 - m),
 }
-"""Idle time of a rank for p ranks, m micro-batches, v chunks; the makespan is 3 m more. With few micro-batches nothing
-can fill what the first gradient takes on its way back: 2 (p - 1) without the m - 1 others, for both zero-bubble ones."""
+"""Idle time of a rank for p ranks, m micro-batches, v chunks; the makespan is 3 m more. With few micro-batches the
+zero-bubble ones have too little to fill the way of the first one, 2 (p - 1) long, with: the m - 1 others."""
 PEAK: dict[str, Callable[[int, int, int], Fraction | int]] = {
     "1f1b": lambda p, m, v: min(p, m),
     "interleaved": lambda p, m, v: min(p + Fraction(p - 1, v), m),
