@@ -131,17 +131,18 @@ class _Exchange(torch.autograd.Function):
         tensors = iter(ctx.saved_tensors)
         leaves = [next(tensors) if leaf is None else leaf for leaf in ctx.others]
         order_A, saved = tree_unflatten(leaves, ctx.structure)
+        experts: Experts = ctx.experts
         pending: list[PendingWeights] = []
         grad_experts: list[Tensor | None] = [None, None]
 
         def compute() -> tuple[Tensor, Tensor]:
-            gradients = ctx.experts.weight_gradients(pending)
-            pending.clear()  # what waits may be kept for a while after it has run
+            gradients = experts.weight_gradients(pending)
+            pending.clear()  # this function may be kept for a while after it has run
             return gradients
 
         def meanwhile() -> None:
             if any(ctx.needs_input_grad[2:4]):
-                grad_experts[:] = weight_gradients([ctx.experts.gate_up, ctx.experts.down], compute)
+                grad_experts[:] = weight_gradients([experts.gate_up, experts.down], compute)
 
         with ctx.traffic.exchange():
             grad_x_TD, grad_weight_A = ctx.stage.backward(saved, grad_y_TD.contiguous(), pending, meanwhile)
