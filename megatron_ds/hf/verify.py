@@ -41,8 +41,9 @@ TOLERANCE = 2e-5
 """Largest |logit difference| between the export and the training model, both computed in fp32; where logits exceed 1,
 times the largest |logit|, as rounding errors grow with the values."""
 
-TIE_NOISE = 2e-6
-"""Relative change of a router's input, a few times what rounding does to it: experts that it swaps count as tied."""
+TIE_NOISE, TIE_DRAWS = 2e-6, 4
+"""Relative change of a router's input, a few times what rounding does to it, and how often it is drawn: experts that
+any of these changes swaps count as tied."""
 
 IMPLEMENTATIONS = {"eager": ("eager", None), "sdpa": ("sdpa", None)}
 EXPERT_IMPLEMENTATIONS = {"eager": ("eager", "eager"), "sdpa and grouped_mm": ("sdpa", "grouped_mm")}
@@ -189,9 +190,14 @@ def _watched_routers(decoder: Decoder) -> Iterator[list[Tensor]]:
     changed, generator = [], torch.Generator().manual_seed(0)
 
     def watch(router: Router, inputs: tuple[Tensor, ...], routing: Routing) -> None:
-        noise_TD = torch.randn(inputs[0].shape, generator=generator)
-        again_TK = router.forward(inputs[0] * (1 + TIE_NOISE * noise_TD)).expert_TK
-        changed.append((again_TK.sort(1).values != routing.expert_TK.sort(1).values).any(1))
+        for _ in range(TIE_DRAWS):
+            noise_TD = TIE_NOISE * torch.randn(inputs[0].shape, generator=generator)
+            for factor_TD in (
+                1 + noise_TD,
+                1 - noise_TD,
+            ):  # one parts tied experts, the other swaps them
+                again_TK = router.forward(inputs[0] * factor_TD).expert_TK
+                changed.append((again_TK.sort(1).values != routing.expert_TK.sort(1).values).any(1))
 
     hooks = [module.register_forward_hook(watch) for module in decoder.modules() if isinstance(module, Router)]
     try:
