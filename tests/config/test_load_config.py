@@ -196,15 +196,30 @@ def test_a_resolved_configuration_loads_again_to_itself(tmp_path, flags):
     assert again.changes == ["0 settings have their default"]
 
 
+def test_a_length_given_by_a_flag_replaces_that_of_the_file(tmp_path):
+    in_steps = {"train_micro_batch_size_per_gpu": 4, **ours(training={"train_iters": 50})}
+    found = loaded(tmp_path, in_steps, "--train-samples 83")
+    assert found.config.megatron_ds.training.train_iters == 20
+    assert "megatron_ds.training.train_iters: 50 -> 20 (the steps within 83 sequences)" in "\n".join(found.changes)
+    in_samples = {"train_micro_batch_size_per_gpu": 4, **ours(training={"train_samples": 83})}
+    training = loaded(tmp_path, in_samples, "--train-iters 50").config.megatron_ds.training
+    assert (training.train_iters, training.train_samples) == (50, None)
+    with pytest.raises(ConfigError, match="train_samples 83 is given too, which is 20 steps"):
+        loaded(tmp_path, in_samples, "--train-iters 50 --train-samples 83")
+
+
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_every_shipped_file_loads(file, tmp_path):
-    parallel = ParallelConfig(**json.loads(file.read_text())["megatron_ds"]["parallel"])
+    settings = json.loads(file.read_text())["megatron_ds"]
+    parallel = ParallelConfig(**settings["parallel"])
     stages, experts = parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
     least = parallel.tensor_model_parallel_size * stages * experts
-    for world_size in (least, 4 * least):
-        unit = 4 * experts * stages
-        batch = ["--global-batch-size", str(unit * -(-1024 // unit)), "--micro-batch-size", "1"]
-        config = load_config(["--deepspeed_config", str(file), *batch], world_size=world_size).config
+    unit = 4 * experts * stages
+    batch = ["--global-batch-size", str(unit * -(-1024 // unit)), "--micro-batch-size", "1"]
+    # A batch that grows begins with one that not so many ranks can share, and ends where the file says.
+    grows = "rampup_batch_size" in settings["training"]
+    for world_size, flags in [(least, [])] if grows else [(least, batch), (4 * least, batch)]:
+        config = load_config(["--deepspeed_config", str(file), *flags], world_size=world_size).config
         saved = tmp_path / "saved.json"
         saved.write_text(config.model_dump_json())
         assert load_config(["--config", str(saved)], world_size=world_size).config == config
