@@ -7,7 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ds.config.load import load_config
-from megatron_ds.config.model_schema import FullAttention, HybridAttention, ModelConfig, SoftGateAttention
+from megatron_ds.config.model_schema import (
+    FullAttention,
+    HybridAttention,
+    LatentAttention,
+    ModelConfig,
+    SoftGateAttention,
+)
 from megatron_ds.config.moe_schema import MoEConfig, SigmoidRouter, SoftmaxRouter
 from megatron_ds.model import cost
 from megatron_ds.model.decoder import Decoder, layer_list
@@ -20,6 +26,10 @@ ATTENTIONS = {
     "hybrid": HybridAttention(pattern="LLG", window=50),
     "soft_gate_lse": SoftGateAttention(window=50),
     "soft_gate_bias": SoftGateAttention(window=50, implementation="bias"),
+    "latent": LatentAttention(kv_lora_rank=20, qk_head_dim=10, qk_pos_emb_head_dim=6, v_head_dim=12),
+    "latent_queries": LatentAttention(
+        q_lora_rank=24, kv_lora_rank=20, qk_head_dim=10, qk_pos_emb_head_dim=6, v_head_dim=28
+    ),
 }
 
 EXPERTS = {
@@ -36,6 +46,9 @@ def model(attention="hybrid", **changes):
         "num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "seq_length": 150,
         "vocab_size": 100, "attention": ATTENTIONS[attention],
     }  # fmt: skip
+    if attention.startswith("latent"):
+        settings |= {"qk_layernorm": False, "num_query_groups": None}
+        changes = {name: value for name, value in changes.items() if name not in ("qk_layernorm", "kv_channels")}
     return ModelConfig(**settings | changes)
 
 
@@ -46,8 +59,8 @@ def deepseek_llm(**sizes):
     )  # fmt: skip
 
 
-def preset(name):
-    ours = load_config(["--config", str(CONFIGS / f"{name}.json")], world_size=32)
+def preset(name, world_size=32):
+    ours = load_config(["--config", str(CONFIGS / f"{name}.json")], world_size=world_size)
     return ours.config.megatron_ds.model, ours.config.megatron_ds.moe
 
 
@@ -129,12 +142,17 @@ def test_causal_flops_count_visible_pairs(attention):
         "hybrid": [[50], [50], [None], [50]],
         "soft_gate_lse": [[None, 50]] * 4,
         "soft_gate_bias": [[None]] * 4,
+        "latent": [[None]] * 4,
+        "latent_queries": [[None]] * 4,
     }[attention]
     pairs = sum(min(i, 150 if w is None else w) + 1 for layer in windows for w in layer for i in range(150)) / 150
     matrices = cost.num_parameters(model(attention, qk_layernorm=False)) - (2 * 4 + 1) * 64
     if "soft_gate" in attention:
         matrices -= 4 * 4  # the biases
-    assert cost.flops_per_token(config) == pytest.approx(6 * matrices + 6 * pairs * 4 * (16 + 16), rel=1e-12)
+    if "latent" in attention:
+        matrices -= 4 * (20 + (config.attention.q_lora_rank or 0))  # the norms
+    widths = {"latent": 16 + 12, "latent_queries": 16 + 28}.get(attention, 16 + 16)
+    assert cost.flops_per_token(config) == pytest.approx(6 * matrices + 6 * pairs * 4 * widths, rel=1e-12)
 
 
 def test_layer_costs_follow_the_layer_list():
@@ -147,6 +165,86 @@ def test_layer_costs_follow_the_layer_list():
     assert len(sparse) == len(costs)
     assert [a != b for a, b in zip(costs, sparse, strict=True)] == [False, True, False, True, False, False, False]
     assert sum(sparse) == cost.flops_per_token(config, EXPERTS["shared"])
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+@pytest.mark.parametrize("experts", [None, "shared", "refine"])
+def test_further_predictions_cost_what_they_hold_and_multiply(depths, experts):
+    config, moe = model("latent_queries", mtp_num_layers=depths), EXPERTS.get(experts)
+    decoder = Decoder(config, moe)
+    initialize(decoder.named_parameters(), config, seed=1)
+    held = {name: p.numel() for name, p in decoder.named_parameters()}
+    counts = cost.parameter_counts(config, moe)
+    assert counts["mtp"] == sum(size for name, size in held.items() if name.startswith("mtp."))
+    assert cost.num_parameters(config, moe) == sum(held.values())
+    assert cost.num_parameters(cost.without_mtp(config), moe) == sum(held.values()) - counts["mtp"]
+    names = [entry.name for entry in layer_list(config, moe)]
+    for name, parts in zip(names, cost.layer_parameters(config, moe), strict=True):
+        assert parts.total() == sum(size for own, size in held.items() if own.startswith(f"{name}."))
+
+    token_BS = torch.randint(100, (2, 20))
+    with FlopCounterMode(display=False) as counter:
+        decoder(token_BS, next_token_BS=token_BS).sum().backward()
+    counted = counter.get_total_flops() / (2 * 20)
+    assert cost.flops_per_token(config, moe, seq_length=20, convention="executed") == pytest.approx(counted, rel=1e-9)
+    costs = dict(zip(names, cost.layer_costs(config, moe), strict=True))
+    assert sum(costs.values()) == cost.flops_per_token(config, moe)
+    assert costs["norm"] == costs["next_tokens"] == 0
+    assert costs["mtp"] == depths * (costs["layers.3"] + 6 * 2 * 64 * 64)
+    assert costs["output"] == (1 + depths) * 6 * config.padded_vocab_size * 64
+
+
+def test_the_full_convention_counts_every_pair():
+    for attention in ("full", "hybrid", "latent"):
+        config = model(attention)
+        more = cost.flops_per_token(config) - cost.flops_per_token(config, convention="full")
+        width = 3 * 2 * (16 + 12 if attention == "latent" else 16 + 16) * 4
+        visible = [51 if attention == "hybrid" and layer != 2 else 150 for layer in range(4)]
+        pairs = [sum(min(i + 1, most) for i in range(150)) / 150 - 150 for most in visible]
+        assert more == pytest.approx(width * sum(pairs), rel=1e-9)
+
+
+def test_published_deepseek_v3():
+    """Parameters, FLOPs per token and the utilisation that follows from the published step time (arXiv 2505.09343)."""
+    config, moe = preset("v3_671b", world_size=2048)
+    published = cost.without_mtp(config)
+    assert cost.num_parameters(published, moe) // 10**6 == 671_026
+    assert cost.active_parameters(published, moe) / 1e9 == pytest.approx(37.55, abs=5e-3)
+    embedding = cost.parameter_counts(published, moe)["embedding"]
+    assert (cost.active_parameters(published, moe) - embedding) / 1e9 == pytest.approx(36.63, abs=5e-3)
+    assert cost.flops_per_token(published, moe) / 1e9 == pytest.approx(250.45, abs=1e-2)
+    assert cost.flops_per_token(published, moe, convention="full") / 1e9 == pytest.approx(281.2, abs=5e-2)
+    assert cost.flops_per_token(config, moe) / 1e9 == pytest.approx(260.6, abs=5e-2)
+    assert cost.parameter_counts(config, moe)["mtp"] / 1e9 == pytest.approx(11.61, abs=5e-3)
+    rate = 15360 * 4096 / 19.926 / 2048
+    assert 100 * cost.mfu(rate, published, 989.5e12, moe) == pytest.approx(39.0, abs=0.05)
+    assert 100 * cost.mfu(rate, published, 989.5e12, moe, convention="full") == pytest.approx(43.8, abs=0.05)
+
+
+def test_published_deepseek_v2():
+    latent = {"kv_lora_rank": 512, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
+    sizes = {"vocab_size": 102400, "qk_layernorm": False, "untie_embeddings_and_output_weights": True}
+    lite = ModelConfig(
+        num_layers=27, hidden_size=2048, ffn_hidden_size=10944, num_attention_heads=16, seq_length=4096,
+        attention=LatentAttention(**latent), **sizes,
+    )  # fmt: skip
+    large = ModelConfig(
+        num_layers=60, hidden_size=5120, ffn_hidden_size=12288, num_attention_heads=128, seq_length=4096,
+        attention=LatentAttention(q_lora_rank=1536, **latent), **sizes,
+    )  # fmt: skip
+    router = SoftmaxRouter(fine="none")
+    few = MoEConfig(
+        num_experts=64, moe_router_topk=6, moe_ffn_hidden_size=1408, moe_shared_expert_intermediate_size=2816,
+        moe_layer_freq=(0, *[1] * 26), router=router,
+    )  # fmt: skip
+    many = MoEConfig(
+        num_experts=160, moe_router_topk=6, moe_ffn_hidden_size=1536, moe_shared_expert_intermediate_size=3072,
+        moe_layer_freq=(0, *[1] * 59), router=router,
+    )  # fmt: skip
+    assert cost.num_parameters(lite, few) / 1e9 == pytest.approx(15.706, abs=5e-4)
+    assert cost.num_parameters(large, many) / 1e9 == pytest.approx(235.741, abs=5e-4)
+    assert cost.flops_per_token(lite, few) / 1e9 == pytest.approx(16.41, abs=5e-3)
+    assert cost.flops_per_token(large, many) / 1e9 == pytest.approx(155.3, abs=5e-2)
 
 
 def test_published_dense_models():

@@ -3,13 +3,23 @@
 import pytest
 import reference
 import torch
-from transformers import LlamaConfig
+from transformers import DeepseekV2Config, DeepseekV3Config, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import yarn_apply_mscale as v2_score_scale
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_apply_mscale as v3_score_scale
 from transformers.models.ernie4_5_moe.configuration_ernie4_5_moe import Ernie4_5_MoeConfig
 from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeRotaryEmbedding, apply_rotary_pos_emb
 
-from megatron_ds.config.model_schema import DefaultRope, LinearRope, Llama3Rope, ModelConfig, YarnRope
-from megatron_ds.model.rotary import frequencies, rotary_tables, rotate
+from megatron_ds.config.model_schema import (
+    DefaultRope,
+    LatentAttention,
+    LinearRope,
+    Llama3Rope,
+    ModelConfig,
+    YarnRope,
+)
+from megatron_ds.model.rotary import frequencies, rotary_tables, rotate, score_growth
 
 SCALINGS = [
     LinearRope(factor=4.0),
@@ -96,3 +106,37 @@ def test_interleaved_takes_any_strides():
     tables = rotary_tables(config(DefaultRope()), torch.arange(5).expand(2, 5))
     strided = queries().movedim(-1, 0).contiguous().movedim(0, -1)
     assert torch.equal(rotate(strided, *tables, interleaved=True), rotate(queries(), *tables, interleaved=True))
+
+
+DEEPSEEK_SCALINGS = [
+    YarnRope(factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0),  # V3
+    YarnRope(factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707),  # V2
+    YarnRope(factor=4.0, original_max_position_embeddings=128, mscale=1.5, mscale_all_dim=0.5, beta_fast=16),
+    YarnRope(factor=4.0, original_max_position_embeddings=128, mscale=1.5, mscale_all_dim=0.5, attention_factor=1.1),
+    YarnRope(factor=4.0, original_max_position_embeddings=128, mscale_all_dim=0.5),
+    YarnRope(factor=4.0, original_max_position_embeddings=128, mscale=1.0, mscale_all_dim=0.0),
+    YarnRope(factor=1.0, original_max_position_embeddings=128, mscale=1.0, mscale_all_dim=1.0),
+    YarnRope(factor=4.0, original_max_position_embeddings=128),
+    DefaultRope(),
+]
+
+
+@pytest.mark.parametrize("scaling", DEEPSEEK_SCALINGS, ids=str)
+@pytest.mark.parametrize("family", [DeepseekV2Config, DeepseekV3Config])
+def test_yarn_is_deepseeks_to_the_bit(family, scaling):
+    """Of the channels with a position alone, which are fewer than a head has; and the scores' own factor."""
+    settings = scaling.model_dump(exclude={"kind"}, exclude_none=True)
+    parameters = {"rope_type": scaling.kind, "rope_theta": 10000.0, **settings}
+    theirs = family(hidden_size=256, num_attention_heads=4, qk_rope_head_dim=24, rope_parameters=parameters)
+    attention = LatentAttention(qk_pos_emb_head_dim=24, qk_head_dim=40)
+    ours = ModelConfig(hidden_size=256, num_attention_heads=4, attention=attention, rope_scaling=scaling)
+    frequency, factor = frequencies(ours)
+    if scaling.kind == "yarn":
+        expected, expected_factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, device="cpu")
+    else:
+        expected, expected_factor = DeepseekV3RotaryEmbedding.compute_default_rope_parameters(theirs)
+    assert torch.equal(frequency, expected) and factor == expected_factor
+    for score_scale in (v2_score_scale, v3_score_scale):
+        assert score_growth(ours) * 64**-0.5 == pytest.approx(score_scale(theirs.rope_parameters, 64**-0.5), rel=1e-15)
+    cos, sin = rotary_tables(ours, torch.tensor([[0, 5, 3000]]))
+    assert cos.shape == sin.shape == (1, 3, 12)
