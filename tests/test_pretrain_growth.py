@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from runs import launch, ledger, make_corpus
+from runs import cli, launch, ledger, make_corpus
 
 pytestmark = pytest.mark.launch
 
@@ -18,6 +18,14 @@ MEASURED = ("train/loss", "train/mtp_loss", "optim/grad_norm", "optim/lr", "trai
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return make_corpus(tmp_path_factory.mktemp("growth"))
+
+
+LONGER = (
+    "--finetune", "--load", "runs/straight/checkpoints", "--train-iters", "4",
+    "--lr-warmup-iters", "0", "--eval-interval", "none", "--seq-length", "128", "--rope-scaling", "yarn",
+    "--rope-scaling-factor", "2", "--rope-scaling-original-max-position-embeddings", "64", "--mtp-num-layers", "1",
+    "--ema-decay", "0.9",
+)  # fmt: skip
 
 
 def curve(corpus, run):
@@ -46,3 +54,23 @@ def test_stopping_on_the_way_equals_the_straight_run(corpus, straight):
     for step in (3, 6, 9):
         launch(corpus, "python", 1, "--run-name", "stopped", *GROWING, "--exit-interval", "3")
         assert curve(corpus, "stopped") == straight[:step]
+
+
+def test_a_longer_context_begins_with_the_weights_alone_and_can_be_stopped_too(corpus, straight):
+    said = launch(corpus, "python", 1, *LONGER, "--run-name", "longer", "--exit-interval", "2").stdout
+    assert "begins with the weights of step 9 in runs/straight/checkpoints" in said
+    said = launch(corpus, "python", 1, *LONGER, "--run-name", "longer").stdout
+    assert "resumed at step 2 from runs/longer/checkpoints" in said
+    rows = ledger(corpus, "longer")
+    assert [(row["step"], row["progress/tokens"]) for row in rows] == [(n, n * 8 * 128) for n in (1, 2, 3, 4)]
+    assert rows[0]["train/loss"] < straight[2][0], "not a model that has learnt nothing"
+    refused = launch(corpus, "python", 1, *LONGER, "--run-name", "straight", check=False)
+    assert refused.returncode == 2 and "finetune begins another one" in refused.stderr
+
+
+def test_the_running_mean_is_exported(corpus, straight):
+    launch(corpus, "python", 1, *LONGER, "--run-name", "mean")
+    export = ("export-hf", "--mtp", "drop", "--ema", "--output", "mean", "--load")
+    cli(corpus, *export, "runs/mean/checkpoints", "--verify")
+    without = cli(corpus, *export, "runs/straight/checkpoints", "--force", check=False)
+    assert without.returncode == 4 and "train with --ema-decay" in without.stderr

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import ValidationError
 
+from megatron_ds.config.batch_plan import BatchPlan, batch_plan
 from megatron_ds.config.blend import parse_blend, parse_split
 from megatron_ds.config.schema import DataConfig, RunConfig
 from megatron_ds.data.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ class Settings:
     seq_length: int
     seed: int
     micro_batch_size: int
-    global_batch_size: int
+    batch_plan: BatchPlan
     data_parallel_size: int
     vocab_size: int | None
 
@@ -109,7 +110,7 @@ def _from_flags(args: argparse.Namespace) -> Settings:
         seq_length=args.seq_length,
         seed=args.seed,
         micro_batch_size=args.micro_batch_size,
-        global_batch_size=args.global_batch_size,
+        batch_plan=BatchPlan((0,), (args.global_batch_size,)),
         data_parallel_size=args.data_parallel_size,
         vocab_size=None,
     )
@@ -134,24 +135,25 @@ def _from_run(directory: Path) -> Settings:
         seq_length=ours.model.seq_length,
         seed=ours.training.seed,
         micro_batch_size=micro,
-        global_batch_size=config.train_batch_size,
+        batch_plan=batch_plan(ours.training, config.train_batch_size, ours.model.seq_length),
         data_parallel_size=config.train_batch_size // (micro * steps),
         vocab_size=ours.model.vocab_size,
     )
 
 
 def _step(train: "TokenDataset", settings: Settings, step: int, limit: int, tokenizer: Tokenizer) -> Iterator[str]:
-    first = (step - 1) * settings.global_batch_size
+    first = settings.batch_plan.samples_after(step - 1)
+    size = settings.batch_plan.at(first)
     yield (
-        f"step {step}: samples {first} to {first + settings.global_batch_size - 1}, micro batch size "
+        f"step {step}: samples {first} to {first + size - 1}, micro batch size "
         f"{settings.micro_batch_size}, data-parallel size {settings.data_parallel_size}"
     )
-    for number in range(min(limit, settings.global_batch_size)):
+    for number in range(min(limit, size)):
         micro_batch, rank = divmod(number // settings.micro_batch_size, settings.data_parallel_size)
         yield f"\nsample {first + number}: micro-batch {micro_batch} of data rank {rank}"
         yield from _sample(train[first + number], train, tokenizer)
-    if (hidden := settings.global_batch_size - limit) > 0:
-        yield f"\n{hidden} more samples; show them with --limit {settings.global_batch_size}"
+    if (hidden := size - limit) > 0:
+        yield f"\n{hidden} more samples; show them with --limit {size}"
 
 
 def _sample(sample: "Sample", train: "TokenDataset", tokenizer: Tokenizer) -> Iterator[str]:

@@ -144,6 +144,11 @@ def test_a_run_directory_gives_all_settings(inspect, folder):
     (folder / "run" / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
     for step in ([], ["--step", "5"]):
         assert inspect("--run", "run", *step) == inspect(*flags, *sizes, *step)
+    tree["megatron_ds"]["training"]["step_batch_size_schedule"] = "0:2 100:4"
+    config = resolve(RunConfig.model_validate(tree), world_size=2)
+    (folder / "run" / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
+    assert inspect("--run", "run", "--step", "2").startswith("step 2: samples 2 to 3, micro batch size 1, ")
+    assert inspect("--run", "run", "--step", "4").startswith("step 4: samples 8 to 11, micro batch size 1, ")
 
 
 @pytest.mark.parametrize(
