@@ -8,6 +8,7 @@ sample is made of (document ids, positions, labels) does not travel: ranks that 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -33,6 +34,7 @@ class TableEngine(GradientsMixin, PipelineEngine):
         super().__init__(*args, **kwargs)
         self.schedule = schedule
         self._mailbox = Mailbox(self.groups)
+        self._programs: dict[tuple[int, bool], list[Instruction]] = {}
         self._reserve_pipe_buffers(1)
         if self.module.shared_embedding is not None:
             self.separate_late_gradients(self.module.shared_embedding)
@@ -86,12 +88,8 @@ class TableEngine(GradientsMixin, PipelineEngine):
         return batch_size, length // (tensor.size if tensor.splits_sequence else 1), self.model_config.hidden_size
 
     def _program(self, num_micro_batches: int, *, training: bool) -> list[Instruction]:
-        schedule, chunks = self.schedule, len(self.module.chunks)
-        if training:
-            tables = schedule.tables(self.num_stages, num_micro_batches, chunks)
-        else:
-            tables = forward_only(self.num_stages, num_micro_batches, chunks)
-        return lower(tables, chunks, schedule.placement)[self.stage_id]
+        sizes = self.num_stages, num_micro_batches, len(self.module.chunks)
+        return _programs(self.schedule, *sizes, training)[self.stage_id]
 
     @contextmanager
     def at(self, chunk: int) -> Iterator[None]:
@@ -126,6 +124,15 @@ class TableEngine(GradientsMixin, PipelineEngine):
         self.grad_layer = None
 
 
+@lru_cache(maxsize=8)
+def _programs(
+    schedule: Schedule, num_ranks: int, num_micro_batches: int, num_chunks: int, training: bool
+) -> list[list[Instruction]]:
+    """Programs of all ranks; kept, since every step wants the same few and ordering them takes milliseconds."""
+    order = schedule.tables if training else partial(forward_only, placement=schedule.placement)
+    return lower(order(num_ranks, num_micro_batches, num_chunks), num_chunks, schedule.placement)
+
+
 @dataclass
 class InFlight:
     """What a chunk holds of a micro-batch between its forward and its backward pass."""
@@ -147,7 +154,7 @@ class _Run:
     ):
         self.engine, self.batches, self.step, self.scale, self.mtp_weight = engine, batches, step, scale, mtp
         self.training = step is not None
-        self.mailbox = engine._mailbox
+        self.mailbox, self.activation_dtype = engine._mailbox, engine.activation_dtype
         self.activations: dict[Place, Letter] = {}
         self.gradients: dict[Place, Letter] = {}
         self.in_flight: dict[Place, InFlight] = {}
@@ -206,20 +213,20 @@ class _Run:
         self.gradients[transfer.peer_chunk, transfer.micro_batch] = Letter(None, self._take_gradient(transfer))
 
     def send_activation(self, transfer: Transfer) -> None:
-        self.mailbox.send("activation", self._take_output(transfer), transfer.peer)
+        self.mailbox.send(self._take_output(transfer), transfer.peer)
 
     def recv_activation(self, transfer: Transfer) -> None:
-        self.activations[transfer.chunk, transfer.micro_batch] = self._receive("activation", transfer)
+        self.activations[transfer.chunk, transfer.micro_batch] = self._receive(transfer)
 
     def send_gradient(self, transfer: Transfer) -> None:
-        self.mailbox.send("gradient", self._take_gradient(transfer), transfer.peer)
+        self.mailbox.send(self._take_gradient(transfer), transfer.peer)
 
     def recv_gradient(self, transfer: Transfer) -> None:
-        self.gradients[transfer.chunk, transfer.micro_batch] = self._receive("gradient", transfer)
+        self.gradients[transfer.chunk, transfer.micro_batch] = self._receive(transfer)
 
-    def _receive(self, stream: str, transfer: Transfer) -> Letter:
+    def _receive(self, transfer: Transfer) -> Letter:
         shape = self.engine.activation_shape(self.batches[transfer.micro_batch])
-        return self.mailbox.receive(stream, shape, self.engine.activation_dtype, transfer.peer)
+        return self.mailbox.receive(shape, self.activation_dtype, transfer.peer)
 
     def _take_output(self, transfer: Transfer) -> Tensor:
         place = transfer.chunk, transfer.micro_batch

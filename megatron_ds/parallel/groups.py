@@ -49,10 +49,10 @@ class Groups:
     device: torch.device
     pipe: dist.ProcessGroup
     data: dist.ProcessGroup
-    activations: dist.ProcessGroup
-    """The pipe ranks again, for messages that go downstream: one group per direction keeps the streams apart."""
-    gradients: dist.ProcessGroup
-    """The pipe ranks again, for messages that go upstream."""
+    down: dist.ProcessGroup
+    """The pipe ranks again, for messages to later ones: one group per direction keeps the streams apart."""
+    up: dist.ProcessGroup
+    """The pipe ranks again, for messages to earlier ones."""
     replica: dist.ProcessGroup
     """Data ranks that hold the same experts; all data ranks when experts are not distributed."""
     experts: ExpertGroups | None
@@ -198,8 +198,8 @@ def build_groups(parallel: ParallelConfig) -> Groups:
         device=device if device.type != "cpu" else torch.device("cpu"),
         pipe=_group_along("pipe", topology, rank),
         data=_group_along("data", topology, rank),
-        activations=_group_along("pipe", topology, rank),
-        gradients=_group_along("pipe", topology, rank),
+        down=_group_along("pipe", topology, rank),
+        up=_group_along("pipe", topology, rank),
         replica=_group_along("replica", topology, rank),
         experts=_expert_groups(topology, rank, parallel.expert_ranks_per_node) if topology.expert > 1 else None,
         tensor=tensor,
