@@ -93,14 +93,15 @@ def whole_model(ours: MegatronDs, groups: Groups) -> Decoder:
 def stage_module(ours: MegatronDs, groups: Groups) -> StageModule:
     """This rank's share of the layers, as the schedule places them."""
     model, parallel = ours.model, ours.parallel
+    entries, costs = layer_list(model, ours.moe, groups), layer_costs(model, ours.moe)
+    assert len(costs) == len(entries), "every layer has a cost"
     bounds = stage_bounds(
-        layer_costs(model, ours.moe),
+        costs,
         model.num_layers,
         groups.topology.pipe * parallel.num_chunks,
         parallel.pipeline_model_parallel_layout,
     )
     placement = SCHEDULES[parallel.schedule.kind].placement
-    entries = layer_list(model, ours.moe, groups)
     return StageModule(model, entries, bounds, placement, groups, ours.training.recompute_granularity)
 
 
