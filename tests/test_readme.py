@@ -6,11 +6,16 @@ run in stands in for the one that ``make`` would install (installing is what mad
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from megatron_ds.cli import main as cli
+from megatron_ds.config.load import load_config
 
 pytestmark = pytest.mark.launch
 
@@ -64,6 +69,42 @@ def test_the_readme_runs_as_written(clone):
     assert float(after[2]) <= BITS_PER_BYTE
     shown = re.search(r"after training\s+([\d.]+)\s+([\d.]+)", README)
     assert float(after[2]) == pytest.approx(float(shown[2]), abs=0.03), "the README shows another figure"
+
+
+STAND_IN = '#!/usr/bin/env bash\nprintf "%q " "${0##*/}" "$@" >>commands\necho >>commands\n'
+"""A program that writes down how it was called."""
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*/run.sh")), ids=lambda path: path.parent.name)
+def test_examples_give_legal_commands(example, tmp_path, monkeypatch):
+    """The first example is run above; what the others call is read as the called ones would."""
+    script = tmp_path / example.relative_to(ROOT)
+    script.parent.mkdir(parents=True)
+    script.write_text(example.read_text())
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    for name in ("data/raw/stdlib.jsonl", "data/tokenizer/tokenizer.json", "data/corpus.bin", "data/corpus.idx"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("deepspeed", "megatron-ds", "python"):
+        stand_in = tmp_path / "bin" / name
+        stand_in.parent.mkdir(exist_ok=True)
+        stand_in.write_text(STAND_IN)
+        stand_in.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    subprocess.run(["bash", str(script)], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line) for line in (tmp_path / "commands").read_text().splitlines()]
+    for program, first, *rest in commands:
+        if program == "deepspeed":
+            number, file, *flags = rest
+            assert (first, file) == ("--num_gpus", "pretrain.py")
+            assert load_config(flags, world_size=int(number)).config.train_batch_size
+        elif program == "megatron-ds":
+            module = import_module(cli.SUBCOMMANDS[first])
+            cli.subcommand_parser(first, module).parse_args(rest)
+        else:
+            assert (ROOT / first).exists()
+    assert {program for program, *_ in commands} >= {"deepspeed", "megatron-ds"}
 
 
 def test_links_lead_somewhere():
