@@ -34,7 +34,6 @@ class TableEngine(GradientsMixin, PipelineEngine):
         super().__init__(*args, **kwargs)
         self.schedule = schedule
         self._mailbox = Mailbox(self.groups)
-        self._programs: dict[tuple[int, bool], list[Instruction]] = {}
         self._reserve_pipe_buffers(1)
         if self.module.shared_embedding is not None:
             self.separate_late_gradients(self.module.shared_embedding)
