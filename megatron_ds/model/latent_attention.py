@@ -6,9 +6,9 @@ of their own: a few in every query head, and as many in one key that all heads s
 latent and that key.
 
 Compression happens between the regions of tensor-parallel ranks (``parallel/tensor.py``), where under sequence
-parallelism each has its stretch of the tokens; what enters a region is the latents, a third as wide as the model or
-less. Inside, each rank makes its own heads. Recompute "selective" keeps no more than what entered and makes the heads
-again: they are 30 times as wide as the latents.
+parallelism each has its stretch of the tokens; what enters a region is the latents, and not the much wider x (unless
+queries come from it). Inside, each rank makes its own heads. Recompute "selective" keeps no more than what entered and
+makes the heads again, which are 39 times as wide in DeepSeek-V3.
 """
 
 import torch
