@@ -10,7 +10,7 @@ or different heads: then it is tagged as ``partial``. So is, without a tag, that
 (``Shard.copies``). ``sum_gradients`` makes up for both after the backward passes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -62,27 +62,28 @@ class TensorRanks:
 
     def enter(self, x: Tensor) -> Tensor:
         """Into a region: x_BSD whole on every rank, from x_BSD, or from each rank's part under sequence parallelism."""
-        if self.size == 1:
-            return x
-        return (_Gather if self.sequence_parallel else _Copy).apply(x, self)
+        ways = (_gather, _reduce_scatter) if self.sequence_parallel else (_as_it_is, _all_reduce)
+        return self._pass(x, *ways)
 
     def leave(self, x: Tensor) -> Tensor:
         """Out of a region: the sum of the ranks' partial x_BSD, whole or, under sequence parallelism, each its part."""
-        if self.size == 1:
-            return x
-        return (_Scatter if self.sequence_parallel else _Sum).apply(x, self)
+        ways = (_reduce_scatter, _gather) if self.sequence_parallel else (_all_reduce, _as_it_is)
+        return self._pass(x, *ways)
 
     def split(self, x: Tensor) -> Tensor:
         """This rank's part of a sequence that all ranks have; the gradient is gathered."""
-        return x if self.size == 1 else _Split.apply(x, self)
+        return self._pass(x, _stretch, _gather)
 
     def join(self, x: Tensor) -> Tensor:
         """The whole sequence from the ranks' parts, for use by all in the same way: the gradient is split."""
-        return x if self.size == 1 else _Join.apply(x, self)
+        return self._pass(x, _gather, _stretch)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the ranks, for use by all in the same way: the gradient passes through."""
-        return x if self.size == 1 else _Sum.apply(x, self)
+        return self._pass(x, _all_reduce, _as_it_is)
+
+    def _pass(self, x: Tensor, there: "Way", back: "Way") -> Tensor:
+        return x if self.size == 1 else _Pass.apply(x, self, there, back)
 
     def stretch(self, x: Tensor) -> Tensor:
         """View of this rank's part of a whole sequence; no gradient is gathered."""
@@ -164,6 +165,27 @@ def _tensor_shards(parameter: Tensor) -> list[Shard]:
     return [shard for shard in shards_of(parameter) if shard.axis == "tensor"]
 
 
+class _Pass(torch.autograd.Function):
+    """One way through the ranks for activations, another for gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, ranks: TensorRanks, there: "Way", back: "Way") -> Tensor:
+        ctx.ranks, ctx.back = ranks, back
+        return there(x, ranks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grad, ctx.ranks), None, None, None
+
+
+Way = Callable[[Tensor, TensorRanks], Tensor]
+
+
+def _as_it_is(x: Tensor, ranks: TensorRanks) -> Tensor:
+    return x.view_as(x)
+
+
 def _all_reduce(x: Tensor, ranks: TensorRanks) -> Tensor:
     # A copy, since autograd and the caller may hold x for other uses.
     total = x.clone(memory_format=torch.contiguous_format)
@@ -184,72 +206,5 @@ def _reduce_scatter(x: Tensor, ranks: TensorRanks) -> Tensor:
     return mine
 
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, ranks: TensorRanks) -> Tensor:
-        ctx.ranks = ranks
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grad, ctx.ranks), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, ranks: TensorRanks) -> Tensor:
-        return _all_reduce(x, ranks)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, ranks: TensorRanks) -> Tensor:
-        ctx.ranks = ranks
-        return _gather(x, ranks)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(grad, ctx.ranks), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, ranks: TensorRanks) -> Tensor:
-        ctx.ranks = ranks
-        return _reduce_scatter(x, ranks)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad, ctx.ranks), None
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, ranks: TensorRanks) -> Tensor:
-        ctx.ranks = ranks
-        return ranks.stretch(x).contiguous()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad, ctx.ranks), None
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, ranks: TensorRanks) -> Tensor:
-        ctx.ranks = ranks
-        return _gather(x, ranks)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks.stretch(grad).contiguous(), None
+def _stretch(x: Tensor, ranks: TensorRanks) -> Tensor:
+    return ranks.stretch(x).contiguous()
