@@ -3,8 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
+from ranks import run_ranks
 
+from megatron_ds.cli.plan import rank_shares
 from megatron_ds.config.model_schema import FullAttention, LatentAttention, ModelConfig, SoftGateAttention
 from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.config.schema import ParallelConfig
@@ -76,6 +79,40 @@ def test_a_rank_holds_what_it_builds(kind, experts, tensor, expert, cutting):
     [whole] = stage_parameters(config, experts, ParallelConfig(), bounds, [[0, 1, 2, 3]])
     with torch.device("meta"):
         assert sum(whole) == sum(p.numel() for p in Decoder(config, experts).parameters())
+
+
+RUN = {
+    "model": {"attention": LATENT.model_dump(), "qk_layernorm": False, "mtp_num_layers": 1, "num_layers": 5},
+    "moe": EXPERTS.model_dump() | {"num_experts": 4, "dispatcher": "ring"},
+}
+
+
+def held_by_a_run(groups, options):
+    """(dense, experts) of this rank, and its pipeline rank."""
+    from megatron_ds.engine.initialize import stage_module
+
+    config = tiny.configuration(groups.world_size, **options)
+    sizes = [0, 0]
+    for name, tensor in stage_module(config.megatron_ds, groups).logical_names().items():
+        if isinstance(tensor, torch.nn.Parameter):
+            sizes[".experts." in name] += tensor.numel()
+    return groups.index("pipe"), tuple(sizes)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"pp": 2, "tp": 2, "sp": True, "schedule": "interleaved", "chunks": 2},
+        {"pp": 2, "ep": 2, "schedule": "zb_v"},
+        {"pp": 2, "tp": 2, "etp": 2, "layout": [2, 3]},
+    ],
+    ids=str,
+)
+def test_a_rank_of_a_run_holds_what_is_planned(axes):
+    options = RUN | axes
+    shares = rank_shares(tiny.configuration(4, **options), 4)
+    for pipe, held in run_ranks(held_by_a_run, 4, options, parallel=tiny.parallel(**axes)):
+        assert held == shares[pipe].held
 
 
 @pytest.mark.parametrize(
