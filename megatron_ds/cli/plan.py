@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ds.errors import ConfigError
+
 if TYPE_CHECKING:
     from megatron_ds.config.model_schema import ModelConfig
     from megatron_ds.config.schema import RunConfig
@@ -37,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_ds.config.resolve import with_vocabulary
     from megatron_ds.data.tokenizer import Tokenizer
 
+    if args.world_size < 1:
+        raise ConfigError(f"--world-size {args.world_size}: must be 1 or more")
     flags = ["--deepspeed_config", str(args.deepspeed_config), *args.flags]
     config = load_config(flags, prog="megatron-ds plan", world_size=args.world_size).config
     if config.megatron_ds.model.vocab_size is None:
@@ -90,7 +94,7 @@ def topology_of(config: "RunConfig", world_size: int) -> "Topology":
 def rank_shares(config: "RunConfig", world_size: int) -> list[RankShare]:
     """The share of every pipeline rank under a resolved configuration whose vocabulary is known."""
     from megatron_ds.model.cost import layer_costs
-    from megatron_ds.model.memory import entry_activations, stage_parameters, state_bytes
+    from megatron_ds.model.memory import Activations, entry_activations, stage_parameters, state_bytes
     from megatron_ds.pipeline.partition import stage_bounds
     from megatron_ds.pipeline.schedule import SCHEDULES
 
@@ -112,7 +116,7 @@ def rank_shares(config: "RunConfig", world_size: int) -> list[RankShare]:
     shares = []
     for pipe, own in enumerate(stages):
         entries = [range(bounds[stage], bounds[stage + 1]) for stage in own]
-        of_chunks = [sum((activations[entry] for entry in chunk), type(activations[0])()) for chunk in entries]
+        of_chunks = [sum((activations[entry] for entry in chunk), Activations()) for chunk in entries]
         states = state_bytes(
             held[pipe], data=topology.data, expert=topology.expert,
             dtype_name=config.dtype_name, zero_stage=config.zero_optimization.stage,
@@ -165,7 +169,7 @@ def heading(config: "RunConfig", world_size: int) -> list[str]:
     return [
         f"{num_parameters(ours.model, ours.moe):,} parameters{with_blocks}{active}",
         f"{topology.describe()}, {config.dtype_name}, ZeRO-{config.zero_optimization.stage}, "
-        f"schedule {parallel.schedule.kind} with {parallel.num_chunks} chunks per rank, "
+        f"schedule {parallel.schedule.kind}, chunks per rank {parallel.num_chunks}, "
         f"recompute {ours.training.recompute_granularity or 'none'}",
         f"batch {config.train_batch_size} = micro batch {micro} x {config.gradient_accumulation_steps} micro-batches x "
         f"{topology.data} data ranks, {ours.model.seq_length} tokens each",

@@ -41,7 +41,7 @@ def plan(tmp_path, capsys):
 def test_ranks_and_their_shares(plan):
     code, lines = plan()
     assert code == 0
-    assert "pp 2 x dp 2 (ep 2) x tp 2 = 8 ranks, fp32, ZeRO-1, schedule 1f1b with 1 chunks per rank" in lines[1]
+    assert "pp 2 x dp 2 (ep 2) x tp 2 = 8 ranks, fp32, ZeRO-1, schedule 1f1b, chunks per rank 1" in lines[1]
     assert lines[2] == "batch 16 = micro batch 1 x 8 micro-batches x 2 data ranks, 32 tokens each"
     assert lines[3:7] == [
         "rank 0 shares the tensor axis with 0, 1",
@@ -68,6 +68,11 @@ def test_flags_of_the_run_come_after_two_dashes(plan):
 def test_a_topology_that_does_not_fit_the_world_names_one_that_does(plan):
     with pytest.raises(ConfigError, match=r"one copy of the model takes 4 ranks.*launch 4 or 8 ranks; the nearest"):
         plan(world_size=6)
+
+
+def test_a_world_has_ranks(plan):
+    with pytest.raises(ConfigError, match="--world-size 0: must be 1 or more"):
+        plan(world_size=0)
 
 
 @pytest.mark.parametrize(
