@@ -31,3 +31,4 @@ python examples/quickstart/sample.py --model export/v3_tiny --run runs/v3_tiny
 
 step "6/6 the schedule of this run: one optimizer step, passes of equal length"
 megatron-ds schedule --deepspeed_config runs/v3_tiny/config.json --world-size 8 --svg export/v3_tiny_schedule.svg
+echo "drawn in export/v3_tiny_schedule.svg"
