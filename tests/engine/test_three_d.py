@@ -5,6 +5,8 @@ in groups behind a sigmoid router, a shared expert, auxiliary losses, two MTP bl
 numbers of counted targets. Only the order of sums differs between topologies, and between schedules nothing does.
 """
 
+from itertools import product
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -48,25 +50,15 @@ def one_rank():
 
 def combinations():
     """Everything that fits into eight ranks."""
-    for tp in (1, 2, 4):
-        for pp in (1, 2, 4):
-            for ep in (1, 2, 4):
-                if not 1 < tp * pp * ep <= 8:
-                    continue
-                for schedule, chunks in (("1f1b", None), ("interleaved", 2), ("zb_h1", None), ("zb_v", None)):
-                    if (pp == 1 and schedule != "1f1b") or (schedule == "interleaved" and pp * chunks > 4):
-                        continue
-                    for sp in (False, True) if tp > 1 else (False,):
-                        for dp in {ep, 2 * ep} if tp * pp * ep <= 4 else {ep}:
-                            yield {
-                                "tp": tp,
-                                "pp": pp,
-                                "dp": dp,
-                                "ep": ep,
-                                "schedule": schedule,
-                                "chunks": chunks,
-                                "sp": sp,
-                            }
+    for tp, pp, ep in product((1, 2, 4), repeat=3):
+        schedules = ["1f1b", "interleaved", "zb_h1", "zb_v"] if pp > 1 else ["1f1b"]
+        for schedule, sp, replicas in product(schedules, (False, True), (1, 2)):
+            if (sp and tp == 1) or not 1 < tp * pp * ep * replicas <= 8:
+                continue
+            # Eight virtual stages for four layers: the second chunks have none, or only what follows the last layer.
+            layout = [1] * 4 + [0] * 4 if pp == 4 and schedule in ("interleaved", "zb_v") else None
+            sizes = {"tp": tp, "pp": pp, "dp": replicas * ep, "ep": ep}
+            yield sizes | {"schedule": schedule, "sp": sp, "layout": layout}
 
 
 TESTED = [
@@ -105,10 +97,8 @@ def test_the_whole_table(one_rank, layout):
 def test_schedules_are_bit_identical(tied):
     model = {"untie_embeddings_and_output_weights": not tied}
     reference = run(model=model)
-    for pp, schedule, chunks in (
-        (2, "1f1b", None), (2, "interleaved", 2), (2, "zb_h1", None), (2, "zb_v", None), (4, "zb_h1", None),
-    ):  # fmt: skip
-        assert run(model=model, pp=pp, schedule=schedule, chunks=chunks) == reference, (pp, schedule)
+    for pp, schedule in ((2, "1f1b"), (2, "interleaved"), (2, "zb_h1"), (2, "zb_v"), (4, "zb_h1")):
+        assert run(model=model, pp=pp, schedule=schedule) == reference, (pp, schedule)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -121,7 +111,10 @@ def test_grouped_queries_under_tensor_parallelism(groups):
 
 def test_explicit_layouts():
     reference = run(steps=4)
-    for pp, schedule, layers in ((2, "1f1b", [3, 1]), (2, "interleaved", [0, 2, 1, 1]), (2, "zb_v", [1, 2, 1, 0])):
+    for pp, schedule, layers in (
+        (2, "1f1b", [3, 1]), (2, "interleaved", [0, 2, 1, 1]), (2, "zb_v", [1, 2, 1, 0]),
+        (4, "interleaved", [1] * 4 + [0] * 4), (4, "zb_v", [1] * 4 + [0] * 4),
+    ):  # fmt: skip
         assert run(steps=4, pp=pp, schedule=schedule, layout=layers) == reference, (schedule, layers)
 
 
