@@ -45,13 +45,9 @@ class StageModule(PipelineModule):
             recompute: see ``decoder.run``.
         """
         ranks, rank = groups.topology.pipe, groups.index("pipe")
-        self_setters = {  # nn.Module's __setattr__ needs its __init__, which PipelineModule runs before it builds
-            "_placement": placement,
-            "stages": [placement.stage(rank, chunk, ranks) for chunk in range((len(bounds) - 1) // ranks)],
-            "_bounds": list(bounds),
-            "_ranks": ranks,
-        }
-        for name, value in self_setters.items():
+        stages = [placement.stage(rank, chunk, ranks) for chunk in range((len(bounds) - 1) // ranks)]
+        # PipelineModule's __init__ builds the layers from these; before it, a module takes no attributes.
+        for name, value in (("stages", stages), ("_bounds", list(bounds)), ("_placement", placement)):
             object.__setattr__(self, name, value)
         self.chunks: list[list]
         with contextlib.redirect_stdout(io.StringIO()):  # PipelineModule prints its layers on every construction
@@ -66,7 +62,7 @@ class StageModule(PipelineModule):
     def stage_owner(self, layer_idx: int) -> int:
         """Pipeline rank that holds a layer."""
         stage = sum(bound <= layer_idx for bound in self._bounds[1:])
-        return self._placement.rank_and_chunk(stage, self._ranks)[0]
+        return self._placement.rank_and_chunk(stage, self._topo.get_dim("pipe"))[0]
 
     def _build(self) -> None:
         chunks = []
