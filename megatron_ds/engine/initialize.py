@@ -102,7 +102,7 @@ def stage_module(ours: MegatronDs, groups: Groups) -> StageModule:
         parallel.pipeline_model_parallel_layout,
     )
     placement = SCHEDULES[parallel.schedule.kind].placement
-    return StageModule(model, entries, bounds, placement, groups, ours.training.recompute_granularity)
+    return StageModule(entries, bounds, placement, groups, ours.training.recompute_granularity)
 
 
 def logical_weights(module: Decoder | StageModule) -> dict[str, Tensor]:

@@ -8,12 +8,10 @@ the layer list and tied ones by their key; ``logical_names`` turns both into the
 import contextlib
 import io
 from collections.abc import Sequence
-from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 
-from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.model.context import Context
 from megatron_ds.model.decoder import LayerEntry, run
 from megatron_ds.model.moe.layer import Anchor
@@ -27,7 +25,6 @@ class StageModule(PipelineModule):
 
     def __init__(
         self,
-        model: ModelConfig,
         entries: Sequence[LayerEntry],
         bounds: Sequence[int],
         placement: Placement,
@@ -37,7 +34,6 @@ class StageModule(PipelineModule):
         """Build this rank's share of ``entries``; collective over the world.
 
         Args:
-            model: what the layers' context is made from.
             entries: all layers.
             bounds: virtual stage s holds entries ``[bounds[s], bounds[s + 1])``.
             placement: which rank holds which virtual stage.
@@ -52,7 +48,7 @@ class StageModule(PipelineModule):
         self.chunks: list[list]
         with contextlib.redirect_stdout(io.StringIO()):  # PipelineModule prints its layers on every construction
             super().__init__([_layer_spec(entry) for entry in entries], topology=groups.deepspeed_topology())
-        self.model_config, self.entries, self.recompute = model, entries, recompute
+        self.entries, self.recompute = entries, recompute
         has_experts = any(isinstance(module, SparseMLP) for module in self.modules())
         self.anchor = None if groups.experts is None or has_experts else Anchor(groups)
 
@@ -81,21 +77,17 @@ class StageModule(PipelineModule):
         """Whether a chunk ends the model: its output are the logits."""
         return self.stages[chunk] == len(self._bounds) - 2
 
-    def forward(
-        self, x: Tensor, document_BS: Tensor, position_BS: Tensor, *, chunk: int = 0, **progress: Any
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context, *, chunk: int = 0) -> Tensor:
         """Run a chunk.
 
         Args:
             x: token_BS on the first virtual stage, x_BSD on the others.
-            document_BS, position_BS: packing of the sample, see ``data.loader.Batch``.
+            context: of the micro-batch.
             chunk: which of this rank's.
-            progress: step, dropout_seed and the like, see ``Context.build``.
 
         Returns:
             x_BSD, or logits_BSV from the last virtual stage.
         """
-        context = Context.build(self.model_config, document_BS, position_BS, **progress)
         anchored = self.anchor is not None and chunk == 0
         if anchored and not self.is_first(chunk):  # token ids could not carry it
             x = self.anchor(x)

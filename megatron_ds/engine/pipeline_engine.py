@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_ds.data.loader import Batch
 from megatron_ds.engine.gradients import GradientsMixin
 from megatron_ds.engine.module import StageModule
+from megatron_ds.model.context import Context
 from megatron_ds.parallel.deferred import Queue, deferring
 from megatron_ds.parallel.p2p import Letter, Mailbox
 from megatron_ds.pipeline.lowering import Instruction, Transfer, lower
@@ -154,6 +155,7 @@ class _Run:
         self.engine, self.batches, self.step, self.scale, self.mtp_weight = engine, batches, step, scale, mtp
         self.training = step is not None
         self.mailbox, self.activation_dtype = engine._mailbox, engine.activation_dtype
+        self.contexts: dict[int, Context] = {}
         self.activations: dict[Place, Letter] = {}
         self.gradients: dict[Place, Letter] = {}
         self.in_flight: dict[Place, InFlight] = {}
@@ -174,8 +176,7 @@ class _Run:
                 x = batch.token_BS
             else:
                 x = self.activations.pop(place).open().requires_grad_(self.training)
-            progress = engine.progress(self.step, compute.micro_batch, self.batches) if self.training else {}
-            output = engine.stage_forward(x, batch.document_BS, batch.position_BS, chunk=compute.chunk, **progress)
+            output = engine.stage_forward(x, self._context(compute), chunk=compute.chunk)
             if engine.is_last_stage():
                 losses = engine.objective(output, batch)
                 if engine.computes_loss:
@@ -183,6 +184,16 @@ class _Run:
                 output = losses.total(self.mtp_weight) * self.scale
         if self.training or not engine.module.is_last(compute.chunk):
             self.in_flight[place] = InFlight(x, output)
+
+    def _context(self, compute: Compute) -> Context:
+        """What all layers of a micro-batch share: made for its first chunk here, kept until the last."""
+        engine, index = self.engine, compute.micro_batch
+        if compute.chunk == 0:
+            batch = self.batches[index]
+            progress = engine.progress(self.step, index, self.batches) if self.training else {}
+            self.contexts[index] = Context.build(engine.model_config, batch.document_BS, batch.position_BS, **progress)
+        last = compute.chunk == len(engine.module.chunks) - 1
+        return self.contexts.pop(index) if last else self.contexts[index]
 
     def backward(self, compute: Compute) -> None:
         place = compute.chunk, compute.micro_batch
