@@ -18,6 +18,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,6 +40,8 @@ CONGESTION_CONTROLS = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
 
 class Network:
     """``hosts`` namespaces in a star, unshaped until ``shape`` is called. Use it in a ``with`` statement."""
+
+    interface, port = INTERFACE, 29500
 
     def __init__(self, hosts: int) -> None:
         self.names = [f"mds{os.getpid()}h{host}" for host in range(hosts)]
@@ -62,11 +65,18 @@ class Network:
         """IP address of a host; private to this network."""
         return f"10.77.0.{host + 1}"
 
-    def shape(self, mbit: int) -> None:
-        """Limit every link to ``mbit`` Mbit/s in each direction; 0 takes the limit away."""
+    def entry(self, host: int) -> list[str]:
+        """What a command has to begin with in order to run on a host."""
+        return ["ip", "netns", "exec", self.names[host]]
+
+    def shape(self, mbit: int, burst: int = BURST) -> None:
+        """Limit every link to ``mbit`` Mbit/s in each direction; 0 takes the limit away.
+
+        ``burst``: bytes that pass at once after a pause, which must be few beside a message that follows a pause.
+        """
         for host, name in enumerate(self.names):
             for namespace, interface in ((name, INTERFACE), (self._switch, f"port{host}")):
-                _run("tc", "-n", namespace, "qdisc", "replace", "dev", interface, "root", *_discipline(mbit))
+                _run("tc", "-n", namespace, "qdisc", "replace", "dev", interface, "root", *_discipline(mbit, burst))
 
     def _build(self) -> None:
         self._undo.enter_context(_cubic_allowed())
@@ -94,6 +104,24 @@ class Network:
         _run("ip", "netns", "exec", name, "sysctl", "-qw", "net.ipv4.tcp_congestion_control=cubic")
 
 
+class Loopback:
+    """This machine as the only host, in place of a ``Network``: no namespace, no limit, nothing that it needs."""
+
+    names, interface = ("localhost",), "lo"
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+
+    def address(self, host: int) -> str:
+        """That of the loopback interface."""
+        return "127.0.0.1"
+
+    def entry(self, host: int) -> list[str]:
+        """Nothing: commands run here."""
+        return []
+
+
 class Ranks:
     """Processes on the hosts of a network, alive until the ``with`` statement ends; ``call`` runs one function in all.
 
@@ -101,7 +129,7 @@ class Ranks:
     that ``torch.distributed`` expects and are ordered by host. What they print is dropped, except to stderr.
     """
 
-    def __init__(self, network: Network, script: Path, ranks_per_host: int = 1) -> None:
+    def __init__(self, network: Network | Loopback, script: Path, ranks_per_host: int = 1) -> None:
         self.network, self.script, self.ranks_per_host = network, script, ranks_per_host
         self.size = len(network.names) * ranks_per_host
         self._processes: list[subprocess.Popen] = []
@@ -148,13 +176,13 @@ class Ranks:
         environment = os.environ | {
             "RANK": str(rank), "WORLD_SIZE": str(self.size), "LOCAL_RANK": "0", "LOCAL_SIZE": "1",
             "LOCAL_WORLD_SIZE": str(self.ranks_per_host), "MASTER_ADDR": self.network.address(0),
-            "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-            "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore",
+            "MASTER_PORT": str(self.network.port), "GLOO_SOCKET_IFNAME": self.network.interface, "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore",
         }  # fmt: skip
-        namespace = self.network.names[rank // self.ranks_per_host]
         ours, theirs = Pipe()
         self._pipes.append(ours)
-        command = ["ip", "netns", "exec", namespace, sys.executable, str(self.script), str(theirs.fileno())]
+        entry = self.network.entry(rank // self.ranks_per_host)
+        command = [*entry, sys.executable, str(self.script), str(theirs.fileno())]
         # In a session of its own, Ctrl-C does not reach it: this process ends the ranks, and then the network.
         self._processes.append(
             subprocess.Popen(
@@ -232,10 +260,10 @@ def _cubic_allowed() -> Iterator[None]:
         CONGESTION_CONTROLS.write_text(before)
 
 
-def _discipline(mbit: int) -> list[str]:
+def _discipline(mbit: int, burst: int) -> list[str]:
     if mbit == 0:
         return ["pfifo"]
-    return ["tbf", "rate", f"{mbit}mbit", "burst", str(BURST), "limit", str(QUEUE)]
+    return ["tbf", "rate", f"{mbit}mbit", "burst", str(burst), "limit", str(QUEUE)]
 
 
 def _run(*command: str) -> None:

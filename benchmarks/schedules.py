@@ -1,4 +1,4 @@
-"""What pipeline schedules cost: the simulation against the papers' formulas and against torch's schedules.
+"""What pipeline schedules cost: simulated, in real processes beside DeepSpeed's engine, and on slow links.
 
 A. Simulated. p ranks, m micro-batches, v chunks per rank; a pass through a rank's whole stage takes F = 1 forward,
    I = 1 for the gradients of the inputs and W = 1 for those of the weights (B = I + W); messages take no time:
@@ -12,18 +12,28 @@ A. Simulated. p ranks, m micro-batches, v chunks per rank; a pass through a rank
 
    They hold exactly, so ZB-V holds p from m = p on. Torch's orders are simulated the same way. v = 1 is 1f1b, and a V
    has two chunks.
+B. Our engine and DeepSpeed's, 4 processes with one thread each, over layers that sleep: per micro-batch and rank 20 ms
+   forward and 40 ms backward, half of it for the weights. Step times, and how much larger the bubble is than simulated.
+C. Our engine on hosts of ``network.py`` with links of 200 Mbit/s and activations of 1 MiB: with one process group for
+   each direction, and with one for both. Needs root and Linux; without them the part says SKIPPED.
+
+B and C run their contestants in turn, round after round, which takes about three minutes and means something on a quiet
+machine only. ``schedule_processes.py`` says what they count.
 
     python benchmarks/schedules.py --check
 """
 
+import importlib.metadata
 import sys
 from dataclasses import dataclass
 from fractions import Fraction
 
 import harness
+from network import ended_by_signals
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
+from schedule_processes import compare_links, compare_steps
 from schedule_references import BUBBLE, PEAK, torch_tables
 
 from megatron_ds.pipeline.schedule import SCHEDULES, Table
@@ -37,9 +47,13 @@ CONTESTANTS = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb_h1", 1)
 
 
 def main(argv: list[str]) -> int:
-    options = harness.parser(__doc__, rounds=1).parse_args(argv)
-    report = harness.Report("Pipeline schedules, simulated: F = I = W = 1 per stage, no latency")
+    options = harness.parser(__doc__, rounds=5).parse_args(argv)
+    versions = f"deepspeed {importlib.metadata.version('deepspeed')}"
+    report = harness.Report(f"Pipeline schedules: A simulated, B in processes, C on links; {versions}")
     simulated(report)
+    with ended_by_signals():
+        compare_steps(report, options.rounds)
+        compare_links(report, options.rounds)
     return report.finish(options)
 
 
