@@ -112,12 +112,12 @@ def build(groups, options):
     return config, *build_engine(config, groups, pretraining(config.megatron_ds.model, groups.tensor))
 
 
-def take_step(groups, config, engine, step, lr):
+def take_step(groups, config, engine, step, lr, bias_rate=BIAS_RATE):
     """One optimizer step; main and MTP loss per counted token of the global batch, the same on every rank."""
     batches = micro_batches(config, groups, step)
     counted = int(groups.sum_over("data", torch.tensor(sum(batch.num_counted for batch in batches))))
     engine.set_learning_rate(lr)
-    sums = engine.train_step(batches, num_counted=counted, step=step, mtp_weight=MTP_WEIGHT, bias_rate=BIAS_RATE)
+    sums = engine.train_step(batches, num_counted=counted, step=step, mtp_weight=MTP_WEIGHT, bias_rate=bias_rate)
     return (groups.sum_over_world(sums) / counted).tolist()
 
 

@@ -7,7 +7,7 @@ experts; only the order of sums differs.
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import STEPS, assert_close, assert_learns, configuration, micro_batches, parallel, train_ranks
+from tiny import STEPS, assert_close, assert_learns, build, configuration, parallel, take_step, train_ranks
 
 MOE = {
     "num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 24, "moe_shared_expert_intermediate_size": 16,
@@ -117,18 +117,12 @@ def train_and_save(groups, layout, directory, steps=1):
     from pathlib import Path
 
     from megatron_ds.checkpoint.store import CheckpointStore
-    from megatron_ds.engine.initialize import build_engine
     from megatron_ds.engine.state import counters, fragments
-    from megatron_ds.train.objective import pretraining
 
-    config = configuration(groups.world_size, **layout)
-    engine, weights = build_engine(config, groups, pretraining(config.megatron_ds.model))
+    config, engine, weights = build(groups, layout)
     loads = []
     for step in range(steps):
-        batches = micro_batches(config, groups, step)
-        counted = int(groups.sum_over("data", torch.tensor(sum(batch.num_counted for batch in batches))))
-        engine.set_learning_rate(1e-3)
-        engine.train_step(batches, num_counted=counted, step=step)
+        take_step(groups, config, engine, step, 1e-3)
         loads.append((engine.expert_load.chosen_LE, engine.expert_load.dropped_LE))
     CheckpointStore(Path(directory), groups).save(
         steps, fragments(engine, weights), rank_state={}, trainer={"engine": counters(engine)}, config={}
@@ -196,22 +190,15 @@ def load_and_continue(groups, layout, directory, resaved):
     from pathlib import Path
 
     from megatron_ds.checkpoint.store import CheckpointStore, open_checkpoint
-    from megatron_ds.engine.initialize import build_engine
     from megatron_ds.engine.state import counters, fragments, restore
-    from megatron_ds.train.objective import pretraining
 
-    config = configuration(groups.world_size, **layout)
-    engine, weights = build_engine(config, groups, pretraining(config.megatron_ds.model))
+    config, engine, weights = build(groups, layout)
     checkpoint = open_checkpoint(Path(directory), peers=groups)
     restore(engine, weights, checkpoint, checkpoint.trainer["engine"])
     CheckpointStore(Path(resaved), groups).save(
         3, fragments(engine, weights), rank_state={}, trainer={"engine": counters(engine)}, config={}
     )
-    batches = micro_batches(config, groups, 3)
-    counted = int(groups.sum_over("data", torch.tensor(sum(batch.num_counted for batch in batches))))
-    engine.set_learning_rate(1e-3)
-    loss = engine.train_step(batches, num_counted=counted, step=3)
-    return groups.sum_over_world(loss).item() / counted
+    return take_step(groups, config, engine, 3, 1e-3)[0]
 
 
 @pytest.fixture(scope="module")
@@ -268,22 +255,15 @@ def skewed(groups, layout, directory, bias):
     from pathlib import Path
 
     from megatron_ds.checkpoint.store import CheckpointStore
-    from megatron_ds.engine.initialize import build_engine
     from megatron_ds.engine.state import counters, fragments
-    from megatron_ds.train.objective import pretraining
 
-    config = configuration(groups.world_size, **layout)
-    engine, weights = build_engine(config, groups, pretraining(config.megatron_ds.model))
+    config, engine, weights = build(groups, layout)
     for name, weight in weights.items():
         if name.endswith("router.bias"):
             weight.copy_(torch.tensor(bias))
     losses = []
     for step in range(3):
-        batches = micro_batches(config, groups, step)
-        counted = int(groups.sum_over("data", torch.tensor(sum(batch.num_counted for batch in batches))))
-        engine.set_learning_rate(1e-3)
-        loss = engine.train_step(batches, num_counted=counted, step=step)
-        losses.append(groups.sum_over_world(loss).item() / counted)
+        losses.append(take_step(groups, config, engine, step, 1e-3, bias_rate=0.0)[0])
         if step == 0:
             CheckpointStore(Path(directory), groups).save(
                 1, fragments(engine, weights), rank_state={}, trainer={"engine": counters(engine)}, config={}
@@ -295,7 +275,7 @@ def skewed(groups, layout, directory, bias):
 @pytest.mark.parametrize("skew", SKEWS)
 def test_empty_experts_and_empty_ranks(tmp_path, skew, dispatcher):
     arguments = [float(value) for value in SKEWS[skew]]
-    moe = {"moe_router_bias_update_rate": 0.0, "dispatcher": dispatcher}
+    moe = {"dispatcher": dispatcher}
     one = run_ranks(skewed, 1, options(clipping=0.0, moe=moe), str(tmp_path / "one"), arguments)
     four = run_ranks(
         skewed, 4, options(ep=4, stage=1, clipping=0.0, moe=moe), str(tmp_path / "four"), arguments,

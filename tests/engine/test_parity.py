@@ -89,7 +89,7 @@ def train_fp16(groups, options, steps):
 
 
 def test_fp16_skips_overflows_and_learns():
-    [(losses, norms)] = run_ranks(train_fp16, 1, {"loss_scale_power": 26}, 30)
+    [(losses, norms, _)] = run_ranks(train_fp16, 1, {"loss_scale_power": 26}, 30)
     skipped = norms.count(float("inf"))
     assert 1 <= skipped < 15, "the first loss scales overflow, and their steps are skipped"
     assert losses[-1] < losses[0] - 0.1
@@ -106,7 +106,7 @@ def test_fp16_layouts_agree(one_rank):
 
 
 def test_clipping_zero_is_off():
-    _, norms = run(1, clipping=0.0, stage=1)
-    losses, clipped = run(2, pp=2, clipping=0.0, stage=1)
+    _, norms, _ = run(1, clipping=0.0, stage=1)
+    losses, clipped, _ = run(2, pp=2, clipping=0.0, stage=1)
     assert norms == clipped and max(norms) > 1.0
     assert losses != run(1, stage=1)[0]

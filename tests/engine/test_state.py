@@ -1,9 +1,9 @@
 """The training state by name: what one layout saves, every other restores to the same bits and continues from."""
 
 import pytest
+import tiny
 import torch
 from ranks import run_ranks
-from tiny import configuration, micro_batches
 
 LAYOUTS = [
     (1, {"stage": 0}),
@@ -20,24 +20,13 @@ LAYOUTS = [
 def build(groups, options):
     from deepspeed.accelerator import get_accelerator
 
-    from megatron_ds.engine.initialize import build_engine
-    from megatron_ds.train.objective import pretraining
-
     get_accelerator().is_fp16_supported = lambda: True  # PyTorch computes it without instructions of the CPU
-    config = configuration(groups.world_size, **options)
-    return config, *build_engine(config, groups, pretraining(config.megatron_ds.model))
+    return tiny.build(groups, options)
 
 
 def steps(groups, config, engine, first, last):
     """Losses of steps first..last-1."""
-    losses = []
-    for step in range(first, last):
-        batches = micro_batches(config, groups, step)
-        counted = int(groups.sum_over("data", torch.tensor(sum(batch.num_counted for batch in batches))))
-        engine.set_learning_rate(3e-3)
-        loss = engine.train_step(batches, num_counted=counted, step=step)
-        losses.append(groups.sum_over_world(loss).item() / counted)
-    return losses
+    return [tiny.take_step(groups, config, engine, step, 3e-3)[0] for step in range(first, last)]
 
 
 def save(groups, options, directory):
