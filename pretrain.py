@@ -23,7 +23,9 @@ def main(argv: list[str]) -> None:
 
     with distributed(loaded.config.megatron_ds.parallel) as groups:
         if loaded.config.megatron_ds.training.self_test:
-            self_test(loaded.config, groups)
+            result = self_test(loaded.config, groups)
+            if groups.rank == 0:
+                print(result)
             return
         with build_run(loaded, groups) as run:
             train(run)

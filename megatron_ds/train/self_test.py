@@ -48,8 +48,11 @@ class Result:
         return self.error <= TOLERANCE
 
 
-def self_test(config: RunConfig, groups: Groups) -> None:
-    """Compare the run's topology with one process, and say so in one line; collective over the world.
+def self_test(config: RunConfig, groups: Groups) -> str:
+    """Compare the run's topology with one process; collective over the world.
+
+    Returns:
+        One line for the user, the same on every rank.
 
     Raises:
         SelfTestError: they differ; the message names the axis at fault.
@@ -64,8 +67,7 @@ def self_test(config: RunConfig, groups: Groups) -> None:
             f"self-test FAIL: {_fault(config, groups)} at fault; gradients of {layout} differ from one rank's by "
             f"{result.error:.1e} of the largest entry ({result.weight}); leave that axis out, and report this"
         )
-    if groups.rank == 0:
-        print(f"self-test PASS: {layout}; largest gradient error {result.error:.1e} ({result.weight}), {seconds:.1f} s")
+    return f"self-test PASS: {layout}; largest gradient error {result.error:.1e} ({result.weight}), {seconds:.1f} s"
 
 
 def compare(config: RunConfig, groups: Groups) -> Result:
