@@ -29,6 +29,7 @@ from megatron_ds.model.decoder import Decoder, layer_list
 from megatron_ds.model.init import initialize
 from megatron_ds.optim.optimizers import build_optimizer
 from megatron_ds.parallel.groups import Groups
+from megatron_ds.parallel.shard import shards_of
 from megatron_ds.pipeline.partition import stage_bounds
 from megatron_ds.pipeline.schedule import SCHEDULES
 
@@ -55,6 +56,8 @@ def build_engine(config: RunConfig, groups: Groups, objective: Objective) -> tup
     module = stage_module(ours, groups) if shared else whole_model(ours, groups)
     parameters = {name: weight for name, weight in logical_weights(module).items() if isinstance(weight, nn.Parameter)}
     initialize(parameters.items(), ours.model, ours.training.seed)
+    for weight in parameters.values():  # DeepSpeed's name for it: its bf16 wrapper takes a norm before it uses ours
+        weight.tensor_model_parallel = any(shard.axis == "tensor" for shard in shards_of(weight))
     anchors = [(name, anchor) for name, anchor in module.named_parameters() if name.startswith("anchor.")]
 
     settings = deepspeed_dict(config)
