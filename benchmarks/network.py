@@ -223,17 +223,22 @@ def obstacle() -> str | None:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Turn a SIGTERM into an exception, so that ``with`` statements clean up as after Ctrl-C."""
+    """Turn the first SIGTERM or Ctrl-C into an exception, so that ``with`` statements clean up, and ignore what follows.
+
+    Who ends a whole group of processes may send a second one, which must not end the cleaning.
+    """
 
     def leave(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # who ends a whole group of processes may send a second one
-        sys.exit(128 + number)
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
