@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from pydantic import TypeAdapter
@@ -29,6 +30,20 @@ MEAN = "ema"
 PIECES = "pieces"
 """Key of a shard's header metadata: JSON, tensor key -> Piece."""
 PIECES_JSON = TypeAdapter(dict[str, Piece])
+
+
+class WeightSource(Protocol):
+    """Where a model's weights can be read from, whatever the format: what a run can begin with."""
+
+    path: Path
+
+    def shapes(self, kind: str = "weight") -> dict[str, tuple[int, ...]]:
+        """Full shape of every tensor of a kind, by logical name."""
+        ...
+
+    def read_range(self, name: str, kind: str, box: Box, start: int, length: int) -> Tensor:
+        """Elements [start, start + length) of the flattened ``box`` of a tensor: 1-D, on the CPU."""
+        ...
 
 
 @dataclass(frozen=True)

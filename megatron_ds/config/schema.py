@@ -179,11 +179,29 @@ class CheckpointConfig(Section):
     save: str | None = None
     """Checkpoint directory; by default the run directory's checkpoints/."""
     load: str | None = None
-    """Directory to resume from; by default the save directory."""
+    """Directory to resume from, or a Hugging Face model to begin with; by default the save directory."""
     finetune: bool = False
     """Take only the weights of ``load`` and begin at step 0; once this run has a checkpoint of its own, resume that."""
-    save_interval: PositiveInt | None = 1000
-    """Steps between checkpoints; null saves only at the end."""
+    save_interval: PositiveInt | Literal["auto"] | None = 1000
+    """Steps between checkpoints; null saves only at the end, auto derives them from the cost of a save and of a loss."""
+    node_days_per_failure: PositiveFloat = 264.0
+    """Days that one node runs between failures on average; for save_interval auto."""
+    async_save: bool = True
+    """Write in the background, from a copy in memory; training waits for the copy only."""
+    keep_last: PositiveInt | None = None
+    """Newest checkpoints to keep; older ones are removed once a newer one is verified. Null keeps all."""
+    save_retain_interval: PositiveInt | None = None
+    """Also keep checkpoints of steps that are multiples of this."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest validation loss."""
+    local_save: str | None = None
+    """Directory on a disk of the node, for checkpoints that are cheap and often."""
+    local_save_interval: PositiveInt | None = None
+    """Steps between checkpoints in ``local_save``, of which the last two are kept."""
+    local_save_neighbour: bool = False
+    """Keep a copy of each node's part on the next node, so that a lost disk costs nothing."""
+    save_hf: Literal["last", "best", "every"] | None = None
+    """Also export to Hugging Face, into hf/ beside the checkpoints: the newest, the best by validation, or every one."""
 
 
 class MonitorConfig(Section):

@@ -15,7 +15,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
-from megatron_ds.checkpoint.reader import MEAN
+from megatron_ds.checkpoint.reader import MEAN, WeightSource
 from megatron_ds.checkpoint.store import Checkpoint, Fragment
 from megatron_ds.parallel.shard import box_of, full_shape, shards_of
 
@@ -115,7 +115,7 @@ def counters(engine: DeepSpeedEngine) -> dict:
 
 
 @torch.no_grad()
-def restore_weights(engine: DeepSpeedEngine, weights: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+def restore_weights(engine: DeepSpeedEngine, weights: dict[str, Tensor], checkpoint: WeightSource) -> None:
     """Load the weights and buffers of a checkpoint of any layout, and nothing else."""
     stage_3 = isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
     for slot in slots(engine, weights):

@@ -75,6 +75,9 @@ class Target:
     """config.json for (model, its experts, special ids, dtype name such as "bfloat16")."""
     engines: str
     """Which inference engines run it natively, for the model card."""
+    parse: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """The inverse: the sections "model" and, with experts, "moe" of our configuration for the content of a config.json
+    of either spelling. Raises ConfigError, naming the key, for what our model cannot express."""
     layer_names: Mapping[str, str | tuple[str, ...]] = field(default_factory=lambda: LAYER_NAMES)
     """Logical name inside a layer -> Hugging Face's. Of stacked experts: the names of one expert's parts, with {expert}
     for its number."""
