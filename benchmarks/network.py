@@ -223,7 +223,7 @@ def obstacle() -> str | None:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Turn the first SIGTERM or Ctrl-C into an exception, so that ``with`` statements clean up, and ignore what follows.
+    """Turn the first SIGTERM or Ctrl-C into an exception, so that ``with`` statements clean up, and ignore later ones.
 
     Who ends a whole group of processes may send a second one, which must not end the cleaning.
     """

@@ -183,7 +183,7 @@ class CheckpointConfig(Section):
     finetune: bool = False
     """Take only the weights of ``load`` and begin at step 0; once this run has a checkpoint of its own, resume that."""
     save_interval: PositiveInt | Literal["auto"] | None = 1000
-    """Steps between checkpoints; null saves only at the end, auto derives them from the cost of a save and of a loss."""
+    """Steps between checkpoints; null saves only at the end, auto weighs the cost of a save against a loss."""
     node_days_per_failure: PositiveFloat = 264.0
     """Days that one node runs between failures on average; for save_interval auto."""
     async_save: bool = True
@@ -201,7 +201,7 @@ class CheckpointConfig(Section):
     local_save_neighbour: bool = False
     """Keep a copy of each node's part on the next node, so that a lost disk costs nothing."""
     save_hf: Literal["last", "best", "every"] | None = None
-    """Also export to Hugging Face, into hf/ beside the checkpoints: the newest, the best by validation, or every one."""
+    """Also export to Hugging Face, into hf/ beside the checkpoints: the newest, the best by validation, or all."""
 
 
 class MonitorConfig(Section):
