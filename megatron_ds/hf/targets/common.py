@@ -1,17 +1,19 @@
-"""What every export target shares: the Llama layout of names and config.json, and the shape of a target.
+"""What every target shares: the Llama layout of names and config.json, and the shape of a target.
 
-A target is data: a model_type, the limits of what it can express, its config.json, and how the family names and keeps
-the tensors of a layer. All families here descend from Llama's; what those with experts add is in ``experts.py``. Stock
-families also get the keys that transformers 5 renamed in their older spelling, so that transformers 4, vLLM and
-llama.cpp read the same directory.
+A target is data: a model_type, the limits of what it can express, its config.json, how that is read back, and how the
+family names and keeps the tensors of a layer. All families here descend from Llama's; what those with experts add is
+in ``experts.py``. Stock families also get the keys that transformers 5 renamed in their older spelling, so that
+transformers 4, vLLM and llama.cpp read the same directory; what is read may have either.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_ds.config.model_schema import HybridAttention, ModelConfig
+from megatron_ds.config.model_schema import DefaultRope, HybridAttention, LinearRope, Llama3Rope, ModelConfig, YarnRope
 from megatron_ds.config.moe_schema import MoEConfig
+from megatron_ds.errors import ConfigError
 
 NAMES = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -36,6 +38,12 @@ LAYER_NAMES = {
     "mlp.down.weight": "mlp.down_proj.weight",
 }
 """The same inside ``layers.{i}.`` and ``model.layers.{i}.``."""
+
+LAYER_LETTERS = {"sliding_attention": "L", "full_attention": "G"}
+"""Hugging Face's layer_types -> letters of ``model.attention.pattern``."""
+
+ROPE_KINDS = {"default": DefaultRope, "linear": LinearRope, "llama3": Llama3Rope, "yarn": YarnRope}
+"""Hugging Face's rope_type -> our section, whose keys have the same names."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ def layer_types(model: ModelConfig) -> list[str]:
     if not isinstance(model.attention, HybridAttention):
         return ["full_attention"] * model.num_layers
     pattern = model.attention.pattern
-    names = {"L": "sliding_attention", "G": "full_attention"}
+    names = {letter: name for name, letter in LAYER_LETTERS.items()}
     return [names[pattern[layer % len(pattern)]] for layer in range(model.num_layers)]
 
 
@@ -217,3 +225,95 @@ def head_width_reasons(family: str, model: ModelConfig) -> list[str]:
 def stock_dense_reasons(family: str, model: ModelConfig) -> list[str]:
     """What no dense stock family here has: unusual attention, interleaved rotary pairs."""
     return attention_reasons(family, model) + rotary_reasons(family, model, interleaved=False)
+
+
+# --- reading a config.json ------------------------------------------------------------------------------------------
+
+
+def parse_llama(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a model section that all families share, for the content of a config.json of either spelling.
+
+    Its defaults are Llama's; a family with others puts them below: ``parse_llama({"rope_theta": 1e6} | config)``.
+    Attention, query and key norm and the rotary pairs are for the family to add. Raises ConfigError naming the key that
+    is missing, or that asks for what our model has not.
+    """
+    require(config, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
+    heads = needed(config, "num_attention_heads")
+    return {
+        "num_layers": needed(config, "num_hidden_layers"),
+        "hidden_size": needed(config, "hidden_size"),
+        "ffn_hidden_size": needed(config, "intermediate_size"),
+        "num_attention_heads": heads,
+        "num_query_groups": given(config, "num_key_value_heads", heads),
+        "kv_channels": given(config, "head_dim", needed(config, "hidden_size") // heads),
+        "max_position_embeddings": needed(config, "max_position_embeddings"),
+        "vocab_size": needed(config, "vocab_size"),
+        "norm_epsilon": given(config, "rms_norm_eps", 1e-6),
+        "untie_embeddings_and_output_weights": not given(config, "tie_word_embeddings", False),
+        **parse_rope(config),
+    }
+
+
+def given(config: dict[str, Any], key: str, default: Any) -> Any:
+    """The value of a key; the default when it is missing or null."""
+    value = config.get(key)
+    return default if value is None else value
+
+
+def needed(config: dict[str, Any], key: str) -> Any:
+    """The value of a key, a number above 0; ConfigError without one."""
+    value = config.get(key)
+    if not isinstance(value, int) or value <= 0:
+        raise ConfigError(f"{key} is {json.dumps(value)}, but must be an integer above 0")
+    return value
+
+
+def require(config: dict[str, Any], only: dict[str, Any]) -> None:
+    """ConfigError naming every key whose value is not the one that our model computes; missing or null counts as it."""
+    wrong = [
+        f"{key} is {json.dumps(config[key])}, but megatron_ds has only {json.dumps(value)}"
+        for key, value in only.items()
+        if given(config, key, value) != value
+    ]
+    if wrong:
+        raise ConfigError(f"{'; '.join(wrong)}; this model cannot be imported")
+
+
+def parse_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """``rotary_base`` and ``rope_scaling``, from ``rope_parameters`` or from ``rope_theta`` and ``rope_scaling``.
+
+    The original context is by default the declared one, and YaRN's factor by default what lies between them, as in
+    transformers. Raises ConfigError for an extension that our model has not.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ConfigError("rope_parameters or rope_scaling is not one set of settings for all layers")
+    kind = given(rope, "rope_type", given(rope, "type", "default"))
+    if kind not in ROPE_KINDS:
+        raise ConfigError(f"rope_type is {kind}, but megatron_ds has only {', '.join(ROPE_KINDS)}")
+    require(config | rope, {"partial_rotary_factor": 1.0, "truncate": True})
+    longest = needed(config, "max_position_embeddings")
+    name = "original_max_position_embeddings"
+    original = given(config, name, given(rope, name, longest))
+    known = {k: v for k, v in rope.items() if v is not None} | {name: original}
+    if kind == "yarn":
+        known = {"factor": longest / original} | known
+    scaling = {key: known[key] for key in ROPE_KINDS[kind].model_fields if key in known}
+    base = given(rope, "rope_theta", given(config, "rope_theta", 10000.0))
+    return {"rotary_base": base, "rope_scaling": scaling | {"kind": kind}}
+
+
+def parse_windows(kinds: list[str], sliding_window: int | None) -> dict[str, Any]:
+    """The attention section for Hugging Face's layer_types and sliding_window: the shortest pattern that repeats.
+
+    Full when no layer slides. Raises ConfigError for kinds of layers that our model has not.
+    """
+    if unknown := sorted(set(kinds) - set(LAYER_LETTERS)):
+        raise ConfigError(f"layer_types has {', '.join(unknown)}, but megatron_ds has only {', '.join(LAYER_LETTERS)}")
+    if "sliding_attention" not in kinds:
+        return {"kind": "full"}
+    if sliding_window is None:
+        raise ConfigError("layer_types has sliding_attention, but sliding_window is not set")
+    letters = "".join(LAYER_LETTERS[kind] for kind in kinds)
+    period = next(n for n in range(1, len(letters) + 1) if (letters[:n] * len(letters)).startswith(letters))
+    return {"kind": "hybrid", "pattern": letters[:period], "window": sliding_window - 1}

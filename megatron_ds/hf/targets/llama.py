@@ -7,6 +7,7 @@ from megatron_ds.hf.targets.common import (
     SpecialIds,
     Target,
     head_width_reasons,
+    parse_llama,
     query_key_norm_reasons,
     stock_config,
     stock_dense_reasons,
@@ -30,4 +31,12 @@ def config(model: ModelConfig, moe: None, ids: SpecialIds, dtype: str) -> dict[s
     }
 
 
-LLAMA = Target(model_type="llama", limits=limits, config=config, engines="transformers, vLLM and llama.cpp.")
+def parse(config: dict[str, Any]) -> dict[str, Any]:
+    """The model section for the config.json of a llama."""
+    own = {"attention": {"kind": "full"}, "qk_layernorm": False, "rotary_interleaved": False}
+    return {"model": parse_llama(config) | own}
+
+
+LLAMA = Target(
+    model_type="llama", limits=limits, config=config, engines="transformers, vLLM and llama.cpp.", parse=parse
+)

@@ -6,7 +6,7 @@ It holds soft-gate models only. Everything else has a stock target, which needs 
 from typing import Any
 
 from megatron_ds.config.model_schema import ModelConfig
-from megatron_ds.hf.targets.common import SpecialIds, Target, llama_config
+from megatron_ds.hf.targets.common import SpecialIds, Target, given, llama_config, needed, parse_llama
 
 
 def limits(model: ModelConfig, moe: None) -> list[str]:
@@ -35,10 +35,21 @@ def config(model: ModelConfig, moe: None, ids: SpecialIds, dtype: str) -> dict[s
     }
 
 
+def parse(config: dict[str, Any]) -> dict[str, Any]:
+    """The model section for the config.json of an mds_dense."""
+    own = {
+        "attention": {"kind": "soft_gate", "window": needed(config, "local_window") - 1},
+        "qk_layernorm": given(config, "use_qk_norm", True),
+        "rotary_interleaved": given(config, "rope_interleaved", False),
+    }
+    return {"model": parse_llama({"tie_word_embeddings": True} | config) | own}
+
+
 MDS_DENSE = Target(
     model_type="mds_dense",
     limits=limits,
     config=config,
+    parse=parse,
     engines="transformers 5 with trust_remote_code=True (eager and sdpa attention). Engines with attention kernels of "
     "their own would drop the gate and are refused.",
     code_files=("configuration_mds_dense.py", "modeling_mds_dense.py", "modeling_mds_common.py"),

@@ -10,7 +10,10 @@ from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.hf.targets.common import (
     SpecialIds,
     Target,
+    given,
     layer_types,
+    parse_llama,
+    parse_windows,
     query_key_norm_reasons,
     sliding_window,
     stock_config,
@@ -36,10 +39,26 @@ def config(model: ModelConfig, moe: None, ids: SpecialIds, dtype: str) -> dict[s
     }
 
 
+def parse(config: dict[str, Any]) -> dict[str, Any]:
+    """The model section for the config.json of a qwen3.
+
+    Without layer_types, the layers from max_window_layers on slide; none does unless use_sliding_window is true.
+    """
+    model = parse_llama({"head_dim": 128} | config)
+    slides, first = given(config, "use_sliding_window", False), given(config, "max_window_layers", 28)
+    kinds = [
+        "sliding_attention" if slides and layer >= first else "full_attention" for layer in range(model["num_layers"])
+    ]
+    window = config.get("sliding_window") if slides else None
+    attention = parse_windows(given(config, "layer_types", kinds), window)
+    return {"model": model | {"attention": attention, "qk_layernorm": True, "rotary_interleaved": False}}
+
+
 QWEN3 = Target(
     model_type="qwen3",
     limits=limits,
     config=config,
+    parse=parse,
     engines="transformers. With full attention in every layer also vLLM and llama.cpp; with sliding layers those two "
     "may ignore the windows, so run vLLM with --model-impl transformers.",
 )
