@@ -86,7 +86,7 @@ SHORTHANDS: dict[str, tuple[str, Any]] = {
 
 ALWAYS: dict[str, tuple[tuple[str, ...], str]] = {
     "--swiglu": ((), "the feed-forward block is SwiGLU"),
-    "--disable-bias-linear": ((), "no matrix has a bias"),
+    "--disable-bias-linear": ((), "only add_qkv_bias gives matrices a bias"),
     "--group-query-attention": ((), "num_query_groups alone decides"),
     "--use-rotary-position-embeddings": ((), "positions are rotary"),
     "--no-position-embedding": ((), "positions are rotary"),
@@ -152,7 +152,6 @@ REFUSED_FLAGS: dict[str, tuple[str, str]] = {
     "--window-size": ("a window belongs to a kind of attention", "use --attention hybrid --attention-window N"),
     "--use-rope-scaling": ("scaling has several kinds", "use --rope-scaling llama3"),
     "--squared-relu": _MODEL,
-    "--add-qkv-bias": _MODEL,
     "--expert-interval": ("Megatron renamed it, and counts from the first layer", "use --moe-layer-freq"),
     "--moe-loss-coeff": ("Megatron renamed it", "use --moe-aux-loss-coeff"),
     "--moe-router-load-balancing-type": _BALANCE,

@@ -161,6 +161,8 @@ class ModelConfig(Section):
     """The embedding is padded to a multiple of this; padded entries never receive probability."""
     attention: Attention = HybridAttention()
     """Which keys a query sees, see docs/attention.md."""
+    add_qkv_bias: bool = False
+    """A bias on the projections of queries, keys and values; no other matrix has one."""
     qk_layernorm: bool = True
     """RMSNorm on every query and key head before the rotary embedding."""
     rotary_base: PositiveFloat = 10000.0

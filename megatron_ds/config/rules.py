@@ -111,6 +111,9 @@ def latent_attention_makes_all_heads(config: RunConfig) -> Iterator[Problem]:
         rule = "the heads of latent attention have widths of their own"
         fix = "leave it out, and set model.attention.qk_head_dim and model.attention.v_head_dim"
         yield problem(config, "model.kv_channels", rule, fix, kind)
+    if model.add_qkv_bias:
+        rule = "the projections of latent attention have no bias"
+        yield problem(config, "model.add_qkv_bias", rule, "set it to false", kind)
     if model.qk_layernorm:
         rule = "latent attention normalises the compressed queries, keys and values instead"
         yield problem(config, "model.qk_layernorm", rule, "set it to false", kind)

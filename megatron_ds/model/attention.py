@@ -48,9 +48,9 @@ class SelfAttention(Attention):
         width = config.hidden_size
         query_size, key_size = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_kv_heads))
         key_parts = min(config.num_kv_heads, tensor.size)
-        self.query = ColumnParallelLinear(width, query_size, tensor)
-        self.key = ColumnParallelLinear(width, key_size, tensor, key_parts)
-        self.value = ColumnParallelLinear(width, key_size, tensor, key_parts)
+        self.query = ColumnParallelLinear(width, query_size, tensor, bias=config.add_qkv_bias)
+        self.key = ColumnParallelLinear(width, key_size, tensor, key_parts, bias=config.add_qkv_bias)
+        self.value = ColumnParallelLinear(width, key_size, tensor, key_parts, bias=config.add_qkv_bias)
         self.output = RowParallelLinear(query_size, width, tensor)
         if config.qk_layernorm:
             self.query_norm = mark_partial(RMSNorm(config.head_dim, config.norm_epsilon))

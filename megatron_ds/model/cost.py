@@ -184,6 +184,9 @@ def _decoder_layer(config: ModelConfig, moe: MoEConfig | None, index: int) -> Co
         parts["attention.whole"] += config.attention.kv_lora_rank + (config.attention.q_lora_rank or 0)
     if isinstance(config.attention, SoftGateAttention):
         parts["attention.heads"] += config.num_attention_heads
+    if config.add_qkv_bias:
+        parts["attention.heads"] += config.num_attention_heads * config.head_dim
+        parts["attention.groups"] += 2 * config.num_kv_heads * config.head_dim
     if config.qk_layernorm:
         parts["attention.whole"] += 2 * config.head_dim
     parts["norm"] = 2 * config.hidden_size

@@ -80,6 +80,7 @@ CASES = {
         ({**LATENT, "model.num_query_groups": 4}, "model.num_query_groups", "leave it out", LATENT, 1),
         ({**LATENT, "model.qk_layernorm": True}, "model.qk_layernorm", "false", {"model.qk_layernorm": True}, 1),
         ({**LATENT, "model.kv_channels": 64}, "model.kv_channels", "v_head_dim", {"model.kv_channels": 64}, 1),
+        ({**LATENT, "model.add_qkv_bias": True}, "model.add_qkv_bias", "false", {"model.add_qkv_bias": True}, 1),
     ],
     "further_tokens_are_within_the_sample": [
         (

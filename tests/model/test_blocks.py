@@ -57,6 +57,7 @@ def test_swiglu_block():
 @pytest.mark.parametrize("shape", [(1, 8), (2, 3, 8), (70, 8)])
 def test_linear(shape):
     compare(Linear(8, 5), lambda x, w: x @ w["weight"].T, draw(*shape))
+    compare(Linear(8, 5, bias=True), lambda x, w: x @ w["weight"].T + w["bias"], draw(*shape))
 
 
 @pytest.mark.parametrize("strided", [lambda x: x.transpose(0, 1), lambda x: x[:, ::2], lambda x: x.expand(4, -1, -1)])

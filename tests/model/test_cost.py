@@ -48,7 +48,8 @@ def model(attention="hybrid", **changes):
     }  # fmt: skip
     if attention.startswith("latent"):
         settings |= {"qk_layernorm": False, "num_query_groups": None}
-        changes = {name: value for name, value in changes.items() if name not in ("qk_layernorm", "kv_channels")}
+        refused = ("qk_layernorm", "kv_channels", "add_qkv_bias")
+        changes = {name: value for name, value in changes.items() if name not in refused}
     return ModelConfig(**settings | changes)
 
 
@@ -66,7 +67,13 @@ def preset(name, world_size=32):
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize(
-    "changes", [{}, {"qk_layernorm": False, "kv_channels": 24}, {"untie_embeddings_and_output_weights": True}]
+    "changes",
+    [
+        {},
+        {"qk_layernorm": False, "kv_channels": 24},
+        {"untie_embeddings_and_output_weights": True},
+        {"add_qkv_bias": True, "kv_channels": 24},
+    ],
 )
 def test_parameters_are_those_of_the_model(attention, changes):
     config = model(attention, **changes)
@@ -124,10 +131,16 @@ def test_executed_flops_of_experts_are_what_the_counter_counts(experts):
     assert cost.flops_per_token(config, moe, seq_length=20, convention="executed") == pytest.approx(counted, rel=1e-9)
 
 
+def test_biases_are_parameters_and_no_products():
+    config, plain = model("full", add_qkv_bias=True), model("full")
+    assert cost.num_parameters(config) - cost.num_parameters(plain) == 4 * (4 + 2 * 2) * 16
+    assert cost.flops_per_token(config) == cost.flops_per_token(plain)
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("length", [20, 150])
 def test_executed_flops_are_what_the_counter_counts(attention, length):
-    config = model(attention)
+    config = model(attention, add_qkv_bias=length == 20)
     with FlopCounterMode(display=False) as counter:
         Decoder(config)(torch.zeros(2, length, dtype=torch.long)).sum().backward()
     counted = counter.get_total_flops() / (2 * length)

@@ -20,6 +20,7 @@ LATENT = LatentAttention(q_lora_rank=24, kv_lora_rank=20, qk_head_dim=10, qk_pos
 MODELS = {
     "groups": {"num_query_groups": 2, "attention": FullAttention()},
     "gate": {"attention": SoftGateAttention(), "qk_layernorm": False},
+    "biases": {"num_query_groups": 2, "attention": FullAttention(), "add_qkv_bias": True},
     "latent": {"attention": LATENT, "qk_layernorm": False, "mtp_num_layers": 2},
     "untied": {"attention": LATENT, "qk_layernorm": False, "untie_embeddings_and_output_weights": True},
 }

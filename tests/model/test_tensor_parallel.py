@@ -130,13 +130,12 @@ def test_feed_forward_norm_and_vocabulary(size, sequence_parallel, stretch):
 def layer(groups, configs, length):
     """Decoder layers, so that both norms are there, too."""
     result = {}
-    for config in configs:
+    for number, config in enumerate(configs):
         context = Context.build(config, *packed(length))
         blocks = DecoderLayer(config, 1, None, groups), DecoderLayer(config, 1)
         call = lambda module, x, context=context: module(x, context)  # noqa: E731
         for name, value in distances(groups.tensor, *blocks, draw(2, length, 33, seed=4), call).items():
-            key = f"{config.attention} {config.num_kv_heads} {name}"
-            result[key] = value
+            result[f"{number}: {config.attention} {config.num_kv_heads} {name}"] = value
     return result
 
 
@@ -145,6 +144,14 @@ def test_decoder_layers(size, sequence_parallel):
     """Every attention, with key heads that are whole groups of ranks', one each, or shared by ranks."""
     configs = [model(attention, groups=groups) for attention in ATTENTIONS for groups in (4, 2, 1)]
     configs += [model(heads=8, groups=2), model(qk_layernorm=False, rotary_interleaved=True)]
+    run_blocks(layer, size, sequence_parallel, configs, LENGTH)
+
+
+@regions
+def test_biases_of_queries_keys_and_values(size, sequence_parallel):
+    """Whole groups of key heads per rank, one each, or one for several ranks, each with a part of the gradient."""
+    configs = [model("local", groups=groups, add_qkv_bias=True, qk_layernorm=groups == 2) for groups in (4, 2, 1)]
+    configs += [model("soft_gate_lse", heads=8, groups=2, add_qkv_bias=True)]
     run_blocks(layer, size, sequence_parallel, configs, LENGTH)
 
 
@@ -170,7 +177,9 @@ def whole_model(groups, config, recompute=None, dtype=torch.float32):
 
 
 @regions
-@pytest.mark.parametrize("changes", [{}, {"untie_embeddings_and_output_weights": True, "hidden_dropout": 0.2}])
+@pytest.mark.parametrize(
+    "changes", [{"add_qkv_bias": True}, {"untie_embeddings_and_output_weights": True, "hidden_dropout": 0.2}]
+)
 def test_a_whole_model(size, sequence_parallel, changes):
     """Its loss and every gradient; hidden dropout draws the masks of one process."""
     run_blocks(whole_model, size, sequence_parallel, model("soft_gate_lse", groups=2, **changes))

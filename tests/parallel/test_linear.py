@@ -30,6 +30,13 @@ def test_column_parallel_weights():
     assert {shard.copies for part in heads for shard in shards_of(part)} == {2}
 
 
+def test_column_parallel_biases_are_cut_like_the_rows():
+    for parts in (None, 2):
+        for index in range(4):
+            layer = ColumnParallelLinear(5, 12, TensorRanks(index, 4), parts, bias=True)
+            assert box_of(layer.bias) == box_of(layer.weight)[:1] and shards_of(layer.bias) == shards_of(layer.weight)
+
+
 def test_row_parallel_weights():
     parts = [RowParallelLinear(12, 5, TensorRanks(index, 4)).weight for index in range(4)]
     assert all(part.shape == (5, 3) and full_shape(part) == (5, 12) for part in parts)
@@ -57,12 +64,15 @@ def test_the_parts_make_the_whole(size):
 @low_precision
 @pytest.mark.parametrize("shape", [(33, 24), (3, 11, 24), (2, 3, 5, 24), (1, 24)])
 def test_low_precision_has_the_bits_of_the_library(dtype, shape):
-    x, weight = draw(*shape, dtype=dtype).requires_grad_(), draw(17, 24, seed=1, dtype=dtype).requires_grad_()
-    ours, theirs = linear(x, weight), F.linear(x, weight)
-    grad = draw(*theirs.shape, seed=2, dtype=dtype)
-    assert torch.equal(ours, theirs)
-    for got, want in zip(torch.autograd.grad(ours, [x, weight], grad), torch.autograd.grad(theirs, [x, weight], grad)):
-        assert torch.equal(got, want)
+    tensors = [
+        draw(*size, seed=seed, dtype=dtype).requires_grad_() for seed, size in enumerate((shape, (17, 24), (17,)))
+    ]
+    for used in (tensors[:2], tensors):
+        ours, theirs = linear(*used), F.linear(*used)
+        grad = draw(*theirs.shape, seed=3, dtype=dtype)
+        assert torch.equal(ours, theirs)
+        for got, want in zip(torch.autograd.grad(ours, used, grad), torch.autograd.grad(theirs, used, grad)):
+            assert torch.equal(got, want)
 
 
 def two_layers(dtype):
