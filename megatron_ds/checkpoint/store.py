@@ -117,10 +117,10 @@ class CheckpointStore:
             return size
 
         try:
-            _on_rank_0(self.peers, action, lambda: self._prepare(temporary))
+            on_rank_0(self.peers, action, lambda: self._prepare(temporary))
             share = _agree(self.peers, action, lambda: self._write_share(temporary, fragments, rank_state))
             files = {name: entry for share in self.peers.gather_objects(share) for name, entry in share.items()}
-            size = _on_rank_0(self.peers, action, lambda: commit(files))
+            size = on_rank_0(self.peers, action, lambda: commit(files))
         except CheckpointError as error:
             if self.peers.rank == 0:
                 with suppress(OSError):
@@ -137,6 +137,15 @@ class CheckpointStore:
         """
         return _newest(self.directory, self.peers, verify=True)
 
+    def left_at(self) -> int | None:
+        """The step that ``latest`` names when later ones are there: the user went back to it. Otherwise None."""
+
+        def find() -> int | None:
+            latest = _latest_step(self.directory)
+            return int(latest) if any(step > latest for step, _ in _candidates(self.directory)) else None
+
+        return on_rank_0(self.peers, f"cannot list {self.directory}", find)
+
     def _prepare(self, temporary: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._clean()
@@ -145,11 +154,11 @@ class CheckpointStore:
     def _clean(self) -> None:
         """Remove what an interrupted save left; a step it had set aside and not yet replaced comes back."""
         for leftover in self.directory.glob("global_step*.tmp"):
-            _remove(leftover)
+            remove(leftover)
         for aside in self.directory.glob("global_step*.old"):
             final = aside.with_suffix("")
             if final.exists():
-                _remove(aside)
+                remove(aside)
             else:
                 aside.rename(final)
 
@@ -182,7 +191,7 @@ class CheckpointStore:
         temporary.rename(final)
         sync_directory(self.directory)
         with suppress(OSError):  # what stays is removed, or named, by the next save
-            _remove(aside)
+            remove(aside)
         replace_file(self.directory / LATEST, final.name.encode())
         replace_file(self.directory / LATEST_MEGATRON, str(step).encode())
 
@@ -204,7 +213,7 @@ def open_checkpoint(path: Path, verify: bool = True, peers: Peers | None = None)
 
 def _newest(directory: Path, peers: Peers, verify: bool) -> Checkpoint | None:
     action = f"cannot list {directory}"
-    limit, candidates = _on_rank_0(peers, action, lambda: (_latest_step(directory), _candidates(directory)))
+    limit, candidates = on_rank_0(peers, action, lambda: (_latest_step(directory), _candidates(directory)))
     beyond = [
         f"{directory / name}: beyond step {limit}, which {directory / LATEST} names"
         for step, name in candidates
@@ -273,7 +282,7 @@ def _require_whole(path: Path, manifest: Manifest, names: Iterable[str], hashes:
         raise CheckpointError("; ".join(shown + more))
 
 
-def _on_rank_0(peers: Peers, action: str, work: Callable[[], T]) -> T:
+def on_rank_0(peers: Peers, action: str, work: Callable[[], T]) -> T:
     """Let rank 0 work and the others wait; its result, or its error, everywhere."""
     result = _agree(peers, action, work if peers.rank == 0 else lambda: None)
     return peers.gather_objects(result)[0]
@@ -352,7 +361,7 @@ def _write_extras(
     return files
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete a directory with its content; of a link only the link."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)

@@ -1,0 +1,148 @@
+"""Tiers: one snapshot in main memory, written to any number of places by a thread for each.
+
+A tier is a store with its own thread, so a slow disk delays its own tier only: all of them write the snapshot, none
+reads what another wrote. There are two buffers for snapshots. While both wait for a disk, the next save waits, too:
+that bounds the memory, and how far training can run ahead of its checkpoints. Every rank has the same tiers and saves
+the same steps in the same order; the ranks of a store meet on its thread. A save that fails costs nothing but itself:
+it becomes an ``Outcome`` with its error.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import LifoQueue, SimpleQueue
+from threading import Lock
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_ds.checkpoint.pieces import Fragment
+from megatron_ds.checkpoint.staging import Staging
+from megatron_ds.checkpoint.store import SaveReport
+from megatron_ds.errors import MegatronError
+
+BUFFERS = 2
+"""Snapshots that can be in memory at once: one for a slow disk, one for the others."""
+
+
+class Store(Protocol):
+    """A place for checkpoints; every rank calls it."""
+
+    def save(
+        self,
+        step: int,
+        fragments: Iterable[Fragment],
+        *,
+        rank_state: dict[str, Tensor],
+        trainer: dict,
+        config: dict,
+        extra_files: dict[str, Path] | None = None,
+    ) -> SaveReport:
+        """Write a checkpoint; CheckpointError on every rank when it fails on one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank has to say of a step: the arguments of ``Store.save``."""
+
+    step: int
+    fragments: Iterable[Fragment]
+    rank_state: dict[str, Tensor]
+    trainer: dict
+    config: dict
+    extra_files: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a snapshot in one tier."""
+
+    tier: str
+    step: int
+    report: SaveReport | None
+    """None when the save failed."""
+    notes: tuple[str, ...]
+    """Lines for the user."""
+    error: MegatronError | None
+    """Why the save, or what was to follow it, failed."""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A store, and what happens on its thread after each checkpoint that was written to it."""
+
+    name: str
+    store: Store
+    after: Callable[[int, SaveReport], list[str]] = lambda step, report: []
+    """Called on every rank with the step; returns lines for the user."""
+
+
+class TieredSaver:
+    """Copies snapshots and has them written; ``outcomes`` tells how that went."""
+
+    def __init__(self, tiers: Iterable[Tier]) -> None:
+        self._tiers = list(tiers)
+        self._threads = {
+            tier.name: ThreadPoolExecutor(1, thread_name_prefix=f"save_{tier.name}") for tier in self._tiers
+        }
+        # Last in, first out: while one buffer is enough, the other takes no memory.
+        self._free: LifoQueue[Staging] = LifoQueue()
+        for _ in range(BUFFERS):
+            self._free.put(Staging())
+        self._pending: list[Future[None]] = []
+        self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
+
+    def save(self, snapshot: Snapshot, names: Iterable[str]) -> None:
+        """Copy a snapshot and hand it to the named tiers; waits for a free buffer, and for the copy."""
+        tiers = [tier for tier in self._tiers if tier.name in set(names)]
+        staging = self._free.get()
+        held = replace(snapshot, fragments=staging.hold(snapshot.fragments))
+        done = _Countdown(len(tiers), lambda: self._free.put(staging))
+        self._pending = [future for future in self._pending if not future.done() or future.exception()]
+        self._pending += [self._threads[tier.name].submit(self._write, tier, held, done) for tier in tiers]
+
+    def outcomes(self) -> list[Outcome]:
+        """Saves that ended since the last call, in the order in which they did."""
+        found = []
+        while not self._outcomes.empty():
+            found.append(self._outcomes.get())
+        return found
+
+    def wait(self) -> None:
+        """Wait until nothing is left to write. Raises what a thread raised that is not a failed save: a lost rank."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+
+    def close(self) -> None:
+        """Write what is left and end the threads."""
+        for thread in self._threads.values():
+            thread.shutdown(wait=True)
+
+    def _write(self, tier: Tier, snapshot: Snapshot, done: "_Countdown") -> None:
+        report, notes, error = None, [], None
+        try:
+            try:
+                report = tier.store.save(**vars(snapshot))
+            finally:
+                done()  # what follows needs the files only
+            notes = tier.after(snapshot.step, report)
+        except MegatronError as raised:
+            error = raised
+        self._outcomes.put(Outcome(tier.name, snapshot.step, report, tuple(notes), error))
+
+
+class _Countdown:
+    """Calls ``then`` when it was called ``count`` times, from any thread."""
+
+    def __init__(self, count: int, then: Callable[[], None]) -> None:
+        self._left, self._then, self._lock = count, then, Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._then()
