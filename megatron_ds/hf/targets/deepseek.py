@@ -3,15 +3,24 @@
 Both store the weights of a latent attention as our decoder has them, so nothing is permuted or cut. What sets them
 apart is the router (``deepseek_v2.py``, ``deepseek_v3.py``). transformers takes 1e-6 as the epsilon of the two norms
 inside the attention whatever ``rms_norm_eps`` says, and vLLM takes ``rms_norm_eps``: a model with another epsilon would
-be two models, so it is refused.
+be two models, so it is refused, both ways.
 """
 
 from typing import Any
 
 from megatron_ds.config.model_schema import LatentAttention, ModelConfig, YarnRope
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.hf.targets.common import SpecialIds, rotary_reasons, stock_config
-from megatron_ds.hf.targets.experts import EXPERT_LAYER_NAMES, SHARED_EXPERT_NAMES, dense_layers, expert_width
+from megatron_ds.errors import ConfigError
+from megatron_ds.hf.targets.common import SpecialIds, parse_llama, require, rotary_reasons, stock_config
+from megatron_ds.hf.targets.experts import (
+    EXPERT_LAYER_NAMES,
+    SHARED_EXPERT_NAMES,
+    dense_layers,
+    expert_width,
+    parse_layers,
+    parse_shared,
+    whole_number,
+)
 
 LATENT_NORM_EPSILON = 1e-6
 
@@ -118,3 +127,50 @@ def _with_mscales(model: ModelConfig) -> ModelConfig:
         return model
     said = scaling.model_copy(update={"mscale": 1.0, "mscale_all_dim": 0.0})
     return model.model_copy(update={"rope_scaling": said})
+
+
+def parse_deepseek(config: dict[str, Any], router: dict[str, Any]) -> dict[str, Any]:
+    """The sections for a config.json with every default filled in, but for the router, of which the families know.
+
+    Raises ConfigError naming the key that asks for what our model has not, or about which engines disagree.
+    """
+    heads = whole_number(config, "num_attention_heads")
+    require(config, {"rms_norm_eps": LATENT_NORM_EPSILON, "num_key_value_heads": heads, "moe_layer_freq": 1})
+    rank, width = config["q_lora_rank"], whole_number(config, "moe_intermediate_size")
+    attention = {
+        "kind": "latent",
+        "q_lora_rank": None if rank is None else whole_number(config, "q_lora_rank"),
+        "kv_lora_rank": whole_number(config, "kv_lora_rank"),
+        "qk_head_dim": whole_number(config, "qk_nope_head_dim"),
+        "qk_pos_emb_head_dim": whole_number(config, "qk_rope_head_dim"),
+        "v_head_dim": whole_number(config, "v_head_dim"),
+    }
+    model = parse_llama(config) | {
+        "attention": attention,
+        "num_query_groups": None,
+        "kv_channels": None,
+        "qk_layernorm": False,
+        "rotary_interleaved": True,
+    }
+    model["rope_scaling"] = _without_idle_mscales(model["rope_scaling"])
+    dense = whole_number(config, "first_k_dense_replace", least=0)
+    moe = {
+        "num_experts": whole_number(config, "n_routed_experts"),
+        "moe_router_topk": whole_number(config, "num_experts_per_tok"),
+        "moe_ffn_hidden_size": width,
+        **parse_shared(config, "n_shared_experts", width),
+        **parse_layers([layer >= dense for layer in range(model["num_layers"])], "first_k_dense_replace"),
+        "router": router | {"scaling_factor": config["routed_scaling_factor"]},
+    }
+    return {"model": model, "moe": moe}
+
+
+def _without_idle_mscales(scaling: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of ``_with_mscales``: YaRN without the pair that changes nothing."""
+    mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if mscale in (None, 1) and not all_dim:
+        return {key: value for key, value in scaling.items() if key not in ("mscale", "mscale_all_dim")}
+    if mscale and all_dim:
+        return scaling
+    given = f"rope_scaling has mscale {mscale} and mscale_all_dim {all_dim}"
+    raise ConfigError(f"{given}, about which engines disagree; megatron_ds has both above 0, or neither")

@@ -8,9 +8,30 @@ from typing import Any
 
 from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.hf.targets.common import SpecialIds, Target, head_width_reasons
-from megatron_ds.hf.targets.deepseek import DEEPSEEK_LAYER_NAMES, deepseek_config, latent_reasons, layer_reasons
-from megatron_ds.hf.targets.experts import bias_reasons
+from megatron_ds.hf.targets.common import SpecialIds, Target, head_width_reasons, require
+from megatron_ds.hf.targets.deepseek import (
+    DEEPSEEK_LAYER_NAMES,
+    deepseek_config,
+    latent_reasons,
+    layer_reasons,
+    parse_deepseek,
+)
+from megatron_ds.hf.targets.experts import bias_reasons, one_of, parse_groups
+
+DEFAULTS = {
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 64,
+    "moe_intermediate_size": 1407,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 0,
+    "topk_method": "greedy",
+    "routed_scaling_factor": 1.0,
+}
+"""What the family takes for keys that are not there; there is none for num_experts_per_tok and the groups."""
 
 
 def limits(model: ModelConfig, moe: MoEConfig) -> list[str]:
@@ -34,10 +55,20 @@ def config(model: ModelConfig, moe: MoEConfig, ids: SpecialIds, dtype: str) -> d
     }
 
 
+def parse(config: dict[str, Any]) -> dict[str, Any]:
+    """The sections for the config.json of a deepseek_v2; a greedy choice does not look at the groups."""
+    config = DEFAULTS | config
+    require(config, {"scoring_func": "softmax", "norm_topk_prob": False})
+    method = one_of(config, "topk_method", ("greedy", "group_limited_greedy"))
+    groups = {} if method == "greedy" else parse_groups(config)
+    return parse_deepseek(config, {"kind": "softmax", "fine": "none", "norm_topk_prob": False, **groups})
+
+
 DEEPSEEK_V2 = Target(
     model_type="deepseek_v2",
     limits=limits,
     config=config,
+    parse=parse,
     engines="transformers and vLLM; llama.cpp, which scores groups in its own way, when there are none.",
     layer_names=DEEPSEEK_LAYER_NAMES,
     kept_fp32=("mlp.router.weight",),

@@ -10,8 +10,34 @@ from typing import Any
 
 from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.hf.targets.common import MtpLayout, SpecialIds, Target
-from megatron_ds.hf.targets.deepseek import DEEPSEEK_LAYER_NAMES, deepseek_config, latent_reasons, layer_reasons
+from megatron_ds.hf.targets.common import MtpLayout, SpecialIds, Target, given, require
+from megatron_ds.hf.targets.deepseek import (
+    DEEPSEEK_LAYER_NAMES,
+    deepseek_config,
+    latent_reasons,
+    layer_reasons,
+    parse_deepseek,
+)
+from megatron_ds.hf.targets.experts import parse_groups, whole_number
+
+DEFAULTS = {
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 3,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 1,
+}
+"""What the family takes for keys that are not there."""
 
 
 def limits(model: ModelConfig, moe: MoEConfig) -> list[str]:
@@ -37,10 +63,26 @@ def config(model: ModelConfig, moe: MoEConfig, ids: SpecialIds, dtype: str) -> d
     }
 
 
+def parse(config: dict[str, Any]) -> dict[str, Any]:
+    """The sections for the config.json of a deepseek_v3.
+
+    ``mtp_num_layers`` is what it declares, by default 1; how many blocks there are, only the files know.
+    """
+    config = DEFAULTS | config
+    require(config, {"scoring_func": "sigmoid", "topk_method": "noaux_tc"})
+    normalises = given(config, "norm_topk_prob", True)
+    router = {"kind": "sigmoid", "fine": "bias", "norm_topk_prob": normalises, **parse_groups(config)}
+    sections = parse_deepseek(config, router)
+    blocks = whole_number(config, "num_mtp_layers", "num_nextn_predict_layers", least=0)
+    own = {"rotary_interleaved": given(config, "rope_interleave", True), "mtp_num_layers": blocks}
+    return sections | {"model": sections["model"] | own}
+
+
 DEEPSEEK_V3 = Target(
     model_type="deepseek_v3",
     limits=limits,
     config=config,
+    parse=parse,
     engines="transformers, vLLM and llama.cpp.",
     layer_names=DEEPSEEK_LAYER_NAMES | {"mlp.router.bias": "mlp.gate.e_score_correction_bias"},
     kept_fp32=("mlp.router.weight", "mlp.router.bias"),

@@ -11,7 +11,9 @@ from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.hf.targets.common import (
     SpecialIds,
     Target,
+    parse_llama,
     query_key_norm_reasons,
+    require,
     rotary_reasons,
     stock_config,
     window_reasons,
@@ -22,8 +24,26 @@ from megatron_ds.hf.targets.experts import (
     expert_config,
     expert_width,
     normalised_weight_reasons,
+    parse_layers,
+    parse_shared,
     plain_router_reasons,
+    whole_number,
 )
+
+DEFAULTS = {
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "moe_num_experts": 64,
+    "moe_k": 6,
+    "moe_intermediate_size": 1536,
+    "moe_num_shared_experts": 2,
+    "moe_layer_start_index": 1,
+    "moe_layer_end_index": -1,
+    "moe_layer_interval": 1,
+}
+"""What the family takes for keys that are not there."""
 
 
 def limits(model: ModelConfig, moe: MoEConfig) -> list[str]:
@@ -61,6 +81,28 @@ def config(model: ModelConfig, moe: MoEConfig, ids: SpecialIds, dtype: str) -> d
     }
 
 
+def parse(config: dict[str, Any]) -> dict[str, Any]:
+    """The sections for the config.json of an ernie4_5_moe; its bias only selects, as ours does."""
+    config = DEFAULTS | config
+    require(config, {"use_bias": False, "moe_norm_min": 1e-12})
+    model, width = parse_llama(config), whole_number(config, "moe_intermediate_size")
+    start = whole_number(config, "moe_layer_start_index", least=0)
+    end = whole_number(config, "moe_layer_end_index", least=-1)
+    last, interval = end if end >= 0 else model["num_layers"] - 1, whole_number(config, "moe_layer_interval")
+    sparse = [start <= layer <= last and (layer + 1) % interval == 0 for layer in range(model["num_layers"])]
+    return {
+        "model": model | {"attention": {"kind": "full"}, "qk_layernorm": False, "rotary_interleaved": True},
+        "moe": {
+            "num_experts": whole_number(config, "num_experts", "moe_num_experts"),
+            "moe_router_topk": whole_number(config, "num_experts_per_tok", "moe_k"),
+            "moe_ffn_hidden_size": width,
+            **parse_shared(config, "moe_num_shared_experts", width),
+            **parse_layers(sparse, "moe_layer_interval"),
+            "router": {"kind": "softmax", "fine": "bias", "norm_topk_prob": True},
+        },
+    }
+
+
 def sparse_range(model: ModelConfig, moe: MoEConfig) -> tuple[int, int, int] | None:
     """(start, end, interval): layer l has experts when start <= l <= end and interval divides l + 1.
 
@@ -80,6 +122,7 @@ ERNIE4_5_MOE = Target(
     model_type="ernie4_5_moe",
     limits=limits,
     config=config,
+    parse=parse,
     engines="transformers 5 and vLLM. llama.cpp asks for a SentencePiece vocabulary.",
     layer_names=EXPERT_LAYER_NAMES
     | SHARED_EXPERT_NAMES

@@ -1,14 +1,16 @@
-"""What the targets with experts share: names of their tensors, keys of config.json, and reasons.
+"""What the targets with experts share: names of their tensors, keys of config.json both ways, and reasons.
 
 On disk every expert has tensors of its own, as all engines expect; transformers 5 stacks them while it loads. A family
 whose names include a router bias has one in every sparse layer, so a model without gets zeros.
 """
 
+import json
 from typing import Any
 
 from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.hf.targets.common import LAYER_NAMES, attention_reasons
+from megatron_ds.errors import ConfigError
+from megatron_ds.hf.targets.common import LAYER_NAMES, attention_reasons, layer_types, parse_windows
 
 EXPERT_LAYER_NAMES = LAYER_NAMES | {
     "mlp.router.weight": "mlp.gate.weight",
@@ -83,3 +85,56 @@ def shared_expert_reasons(family: str, moe: MoEConfig) -> list[str]:
     if width is None:
         return []
     return [f"{family} has no shared expert: moe.moe_shared_expert_intermediate_size is {width}"]
+
+
+def mixed_window_reasons(family: str, model: ModelConfig) -> list[str]:
+    """Some families have one window for all layers, or none."""
+    if len(set(layer_types(model))) == 1:
+        return []
+    pattern = model.attention.pattern
+    return [f"{family} has one window for all layers, or none: model.attention.pattern is {pattern}"]
+
+
+# --- reading a config.json ------------------------------------------------------------------------------------------
+
+
+def whole_number(config: dict[str, Any], *keys: str, least: int = 1) -> int:
+    """A setting's value under the first of its spellings that is there.
+
+    Raises ConfigError naming the last, the family's own, when the value is no integer of at least ``least``.
+    """
+    key = next((key for key in keys if config.get(key) is not None), keys[-1])
+    value = config.get(key)
+    if not isinstance(value, int) or value < least:
+        raise ConfigError(f"{key} is {json.dumps(value)}, but must be an integer, {least} or more")
+    return value
+
+
+def one_of(config: dict[str, Any], key: str, known: tuple[str, ...]) -> str:
+    """The value of a key that names one of several ways; ConfigError when our model has not this one."""
+    if config[key] not in known:
+        raise ConfigError(f"{key} is {json.dumps(config[key])}, but megatron_ds has only {', '.join(known)}")
+    return config[key]
+
+
+def parse_layers(sparse: list[bool], key: str) -> dict[str, Any]:
+    """``moe_layer_freq`` for whether each layer has experts; ConfigError naming ``key`` when none has."""
+    if not any(sparse):
+        raise ConfigError(f"{key} leaves no layer with experts; this model cannot be imported")
+    return {"moe_layer_freq": 1 if all(sparse) else [int(has_experts) for has_experts in sparse]}
+
+
+def parse_shared(config: dict[str, Any], key: str, width: int) -> dict[str, Any]:
+    """The shared expert for a number of them, each as wide as a routed one."""
+    return {"moe_shared_expert_intermediate_size": whole_number(config, key, least=0) * width or None}
+
+
+def parse_groups(config: dict[str, Any]) -> dict[str, Any]:
+    """Groups of the router's coarse stage; one group is none."""
+    groups = whole_number(config, "n_group")
+    return {"num_groups": groups, "group_topk": whole_number(config, "topk_group")} if groups > 1 else {}
+
+
+def parse_window(num_layers: int, window: int | None) -> dict[str, Any]:
+    """The attention section for one ``sliding_window`` of all layers, or for none."""
+    return parse_windows(["full_attention" if window is None else "sliding_attention"] * num_layers, window)

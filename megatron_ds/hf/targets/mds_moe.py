@@ -14,8 +14,11 @@ from megatron_ds.hf.targets.common import (
     SpecialIds,
     Target,
     attention_reasons,
+    given,
     layer_types,
     llama_config,
+    parse_llama,
+    parse_windows,
     sliding_window,
 )
 from megatron_ds.hf.targets.experts import (
@@ -24,7 +27,27 @@ from megatron_ds.hf.targets.experts import (
     dense_layers,
     expert_config,
     expert_width,
+    one_of,
+    parse_groups,
+    parse_layers,
+    whole_number,
 )
+
+DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "use_qk_norm": False,
+    "rope_interleaved": True,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 2048,
+    "scoring_func": "softmax",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+}
+"""What the family takes for keys that are not there."""
 
 
 def limits(model: ModelConfig, moe: MoEConfig) -> list[str]:
@@ -62,10 +85,43 @@ def config(model: ModelConfig, moe: MoEConfig, ids: SpecialIds, dtype: str) -> d
     }
 
 
+def parse(config: dict[str, Any]) -> dict[str, Any]:
+    """The sections for the config.json of an mds_moe."""
+    config = DEFAULTS | config
+    model = parse_llama(config)
+    layers, dense = model["num_layers"], given(config, "mlp_only_layers", [])
+    candidates = config.get("refine_candidates")
+    router = {
+        "kind": one_of(config, "scoring_func", ("softmax", "sigmoid")),
+        "fine": "bias" if candidates is None else "refine",
+        "refine_candidates": candidates,
+        "norm_topk_prob": config["norm_topk_prob"],
+        "scaling_factor": config["routed_scaling_factor"],
+        **({} if config.get("n_group") is None else parse_groups(config)),
+    }
+    own = {
+        "attention": parse_windows(
+            given(config, "layer_types", ["full_attention"] * layers), config.get("sliding_window")
+        ),
+        "qk_layernorm": config["use_qk_norm"],
+        "rotary_interleaved": config["rope_interleaved"],
+    }
+    moe = {
+        "num_experts": whole_number(config, "num_local_experts", "num_experts"),
+        "moe_router_topk": whole_number(config, "num_experts_per_tok"),
+        "moe_ffn_hidden_size": whole_number(config, "moe_intermediate_size"),
+        "moe_shared_expert_intermediate_size": config.get("shared_expert_intermediate_size"),
+        **parse_layers([layer not in dense for layer in range(layers)], "mlp_only_layers"),
+        "router": router,
+    }
+    return {"model": model | own, "moe": moe}
+
+
 MDS_MOE = Target(
     model_type="mds_moe",
     limits=limits,
     config=config,
+    parse=parse,
     engines="transformers 5 with trust_remote_code=True.",
     layer_names=EXPERT_LAYER_NAMES
     | SHARED_EXPERT_NAMES

@@ -12,20 +12,33 @@ from megatron_ds.hf.targets.common import (
     LAYER_NAMES,
     SpecialIds,
     Target,
+    parse_llama,
     query_key_norm_reasons,
     rotary_reasons,
+    sliding_window,
     stock_config,
-    window_reasons,
 )
 from megatron_ds.hf.targets.experts import (
     bias_reasons,
     dense_layers,
     expert_config,
     expert_width,
+    mixed_window_reasons,
     normalised_weight_reasons,
+    parse_window,
     plain_router_reasons,
     shared_expert_reasons,
+    whole_number,
 )
+
+DEFAULTS = {
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+"""What the family takes for keys that are not there."""
 
 
 def limits(model: ModelConfig, moe: MoEConfig) -> list[str]:
@@ -34,7 +47,7 @@ def limits(model: ModelConfig, moe: MoEConfig) -> list[str]:
     found = plain_router_reasons(family, model, moe) + normalised_weight_reasons(family, moe)
     found += bias_reasons(family, moe) + shared_expert_reasons(family, moe)
     found += query_key_norm_reasons(family, model, has_norm=False)
-    found += rotary_reasons(family, model, interleaved=False) + window_reasons(family, model)
+    found += rotary_reasons(family, model, interleaved=False) + mixed_window_reasons(family, model)
     dense = dense_layers(model, moe)
     if dense:
         found.append(f"{family} has experts in every layer: moe.moe_layer_freq leaves layers {dense} dense")
@@ -47,8 +60,28 @@ def config(model: ModelConfig, moe: MoEConfig, ids: SpecialIds, dtype: str) -> d
         **stock_config("MixtralForCausalLM", "mixtral", model, ids, dtype),
         **expert_config(moe),
         "intermediate_size": expert_width(model, moe),
-        "sliding_window": None,
+        "sliding_window": sliding_window(model),
         "router_jitter_noise": 0.0,
+    }
+
+
+def parse(config: dict[str, Any]) -> dict[str, Any]:
+    """The sections for the config.json of a mixtral.
+
+    ``router_jitter_noise`` is noise of training, not of the model: like every choice of training, it is the run's.
+    """
+    config = DEFAULTS | config
+    model = parse_llama(config)
+    attention = parse_window(model["num_layers"], config.get("sliding_window"))
+    return {
+        "model": model | {"attention": attention, "qk_layernorm": False, "rotary_interleaved": False},
+        "moe": {
+            "num_experts": whole_number(config, "num_experts", "num_local_experts"),
+            "moe_router_topk": whole_number(config, "num_experts_per_tok"),
+            "moe_ffn_hidden_size": model["ffn_hidden_size"],
+            "moe_layer_freq": 1,
+            "router": {"kind": "softmax", "fine": "none", "norm_topk_prob": True},
+        },
     }
 
 
@@ -56,7 +89,8 @@ MIXTRAL = Target(
     model_type="mixtral",
     limits=limits,
     config=config,
-    engines="transformers, vLLM and llama.cpp.",
+    parse=parse,
+    engines="transformers and vLLM; llama.cpp, too, when there is no window.",
     layer_names=LAYER_NAMES
     | {
         "mlp.router.weight": "block_sparse_moe.gate.weight",

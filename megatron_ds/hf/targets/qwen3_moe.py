@@ -11,10 +11,12 @@ from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.hf.targets.common import (
     SpecialIds,
     Target,
+    given,
+    parse_llama,
     query_key_norm_reasons,
     rotary_reasons,
+    sliding_window,
     stock_config,
-    window_reasons,
 )
 from megatron_ds.hf.targets.experts import (
     EXPERT_LAYER_NAMES,
@@ -22,9 +24,23 @@ from megatron_ds.hf.targets.experts import (
     dense_layers,
     expert_config,
     expert_width,
+    mixed_window_reasons,
+    parse_layers,
+    parse_window,
     plain_router_reasons,
     shared_expert_reasons,
+    whole_number,
 )
+
+DEFAULTS = {
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "decoder_sparse_step": 1,
+}
+"""What the family takes for keys that are not there."""
 
 
 def limits(model: ModelConfig, moe: MoEConfig) -> list[str]:
@@ -32,17 +48,18 @@ def limits(model: ModelConfig, moe: MoEConfig) -> list[str]:
     family = "qwen3_moe"
     found = plain_router_reasons(family, model, moe) + bias_reasons(family, moe) + shared_expert_reasons(family, moe)
     found += query_key_norm_reasons(family, model, has_norm=True)
-    return found + rotary_reasons(family, model, interleaved=False) + window_reasons(family, model)
+    return found + rotary_reasons(family, model, interleaved=False) + mixed_window_reasons(family, model)
 
 
 def config(model: ModelConfig, moe: MoEConfig, ids: SpecialIds, dtype: str) -> dict[str, Any]:
     """config.json of Qwen3MoeForCausalLM."""
+    window = sliding_window(model)
     return {
         **stock_config("Qwen3MoeForCausalLM", "qwen3_moe", model, ids, dtype),
         **expert_config(moe),
         "attention_bias": False,
-        "use_sliding_window": False,
-        "sliding_window": None,
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
         "max_window_layers": model.num_layers,
         "moe_intermediate_size": expert_width(model, moe),
         "norm_topk_prob": moe.router.norm_topk_prob,
@@ -51,10 +68,32 @@ def config(model: ModelConfig, moe: MoEConfig, ids: SpecialIds, dtype: str) -> d
     }
 
 
+def parse(config: dict[str, Any]) -> dict[str, Any]:
+    """The sections for the config.json of a qwen3_moe; a layer is sparse by its number and if it is not listed."""
+    config = DEFAULTS | config
+    model = parse_llama(config)
+    dense, step = given(config, "mlp_only_layers", []), whole_number(config, "decoder_sparse_step")
+    sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(model["num_layers"])]
+    window = config["sliding_window"] if given(config, "use_sliding_window", False) else None
+    attention = parse_window(model["num_layers"], window)
+    normalises = given(config, "norm_topk_prob", False)
+    return {
+        "model": model | {"attention": attention, "qk_layernorm": True, "rotary_interleaved": False},
+        "moe": {
+            "num_experts": whole_number(config, "num_local_experts", "num_experts"),
+            "moe_router_topk": whole_number(config, "num_experts_per_tok"),
+            "moe_ffn_hidden_size": whole_number(config, "moe_intermediate_size"),
+            **parse_layers(sparse, "mlp_only_layers"),
+            "router": {"kind": "softmax", "fine": "none", "norm_topk_prob": normalises},
+        },
+    }
+
+
 QWEN3_MOE = Target(
     model_type="qwen3_moe",
     limits=limits,
     config=config,
-    engines="transformers, vLLM and llama.cpp.",
+    parse=parse,
+    engines="transformers and vLLM; llama.cpp, too, when there is no window.",
     layer_names=EXPERT_LAYER_NAMES,
 )
