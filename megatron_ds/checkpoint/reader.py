@@ -1,14 +1,17 @@
 """Reading: whole tensors, or just what one rank needs, from however many pieces they were stored in.
 
 The header of every shard says which piece each of its tensors is, so the index of a checkpoint is built from headers
-alone; values are memory-mapped and only the pages that a request overlaps are touched. How the run was split when it
-wrote does not matter here. Whether the files are intact does not either: ``store`` has settled that before.
+alone; values are memory-mapped and only the pages that a request overlaps are touched. A mapping lives no longer than
+the copy of one block, since pages that were touched count as memory of the process until then: reading all of a model
+takes no more than what the caller keeps. How the run was split when it wrote does not matter here. Whether the files
+are intact does not either: ``store`` has settled that before.
 """
 
 import json
+import mmap
 from collections import defaultdict
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -30,6 +33,8 @@ MEAN = "ema"
 PIECES = "pieces"
 """Key of a shard's header metadata: JSON, tensor key -> Piece."""
 PIECES_JSON = TypeAdapter(dict[str, Piece])
+BLOCK_BYTES = 32 << 20
+"""Most that is copied from a file before it is unmapped."""
 
 
 class WeightSource(Protocol):
@@ -52,8 +57,9 @@ class _Stored:
 
     piece: Piece
     file: str
-    key: str
-    dtype: str
+    offset: int
+    """Of its first byte in the file."""
+    dtype: torch.dtype
 
 
 class Checkpoint:
@@ -102,16 +108,12 @@ class Checkpoint:
         """
         stored = self._stored(name, kind)
         want = Piece(name, kind, stored[0].piece.shape, box, start, length)
-        values = torch.empty(length, dtype=self._values(stored[0]).dtype)
-        filled = torch.zeros(length, dtype=torch.bool)
-        for source in stored:
-            have = source.piece
-            ends_before, begins_after = have.start + have.length <= start, start + length <= have.start
-            if have.box == box and (ends_before or begins_after):
-                continue
-            if not place(values, filled, want, self._values(source), have):
-                raise CheckpointError(f"{self.path / source.file}: {kind} of {name} contradicts another piece of it")
-        missing = length - int(filled.sum())
+        values = torch.empty(length, dtype=stored[0].dtype)
+        block = BLOCK_BYTES // values.element_size()
+        missing = sum(
+            self._fill(part, replace(want, start=start + number * block, length=part.numel()), stored)
+            for number, part in enumerate(values.split(block))
+        )
         if missing:
             raise CheckpointError(f"{self.path}: {missing} of {length} wanted elements of {kind} of {name} are missing")
         return values
@@ -154,22 +156,24 @@ class Checkpoint:
         for file in sorted(self.manifest.files):
             if not file.startswith("shard_"):
                 continue
-            with self._open(file) as shard:
-                try:
-                    pieces = PIECES_JSON.validate_json(shard.metadata()[PIECES])
-                    slices = {key: shard.get_slice(key) for key in pieces}
-                    fits = all(slices[key].get_shape() == [piece.length] for key, piece in pieces.items())
-                except (SafetensorError, ValueError, TypeError, KeyError) as error:
-                    raise CheckpointError(f"{self.path / file}: unreadable piece descriptions ({error})") from error
-                if not fits:
-                    raise CheckpointError(f"{self.path / file}: a piece description has another length than its tensor")
-                for key, piece in pieces.items():
-                    index[piece.name, piece.kind].append(_Stored(piece, file, key, slices[key].get_dtype()))
+            for stored in self._pieces(file):
+                index[stored.piece.name, stored.piece.kind].append(stored)
         return dict(index)
 
-    @cached_property
-    def _shards(self) -> dict[str, safe_open]:
-        return {}
+    def _pieces(self, file: str) -> list[_Stored]:
+        """What a shard's header says that it holds."""
+        with self._open(file) as shard:
+            try:
+                pieces = PIECES_JSON.validate_json(shard.metadata()[PIECES])
+                slices = {key: shard.get_slice(key) for key in pieces}
+                fits = all(slices[key].get_shape() == [piece.length] for key, piece in pieces.items())
+                dtypes = {key: values[:0].dtype for key, values in slices.items()}
+                offsets = _offsets(self.path / file)
+            except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+                raise CheckpointError(f"{self.path / file}: unreadable piece descriptions ({error})") from error
+        if not fits:
+            raise CheckpointError(f"{self.path / file}: a piece description has another length than its tensor")
+        return [_Stored(piece, file, offsets[key], dtypes[key]) for key, piece in pieces.items()]
 
     def _stored(self, name: str, kind: str) -> list[_Stored]:
         if (name, kind) not in self._index:
@@ -178,11 +182,27 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: no {kind} of {name}; {hint}")
         return self._index[name, kind]
 
-    def _values(self, stored: _Stored) -> Tensor:
-        """The piece's values, 1-D, memory-mapped: pages are read when they are touched."""
-        if stored.file not in self._shards:
-            self._shards[stored.file] = self._open(stored.file)
-        return self._shards[stored.file].get_tensor(stored.key)
+    def _fill(self, values: Tensor, want: Piece, stored: list[_Stored]) -> int:
+        """Copy what the pieces hold of ``want`` into ``values``; how many elements none of them holds."""
+        filled = torch.zeros(want.length, dtype=torch.bool)
+        for source in stored:
+            if _may_overlap(want, source.piece) and not place(values, filled, want, self._map(source), source.piece):
+                place_of = f"{self.path / source.file}: {want.kind} of {want.name}"
+                raise CheckpointError(f"{place_of} contradicts another piece of it")
+        return want.length - int(torch.count_nonzero(filled))
+
+    def _map(self, stored: _Stored) -> Tensor:
+        """The piece's values, 1-D: pages are read when they are touched, and given back with the tensor."""
+        before = stored.offset % mmap.ALLOCATIONGRANULARITY
+        size = before + stored.piece.length * stored.dtype.itemsize
+        path = self.path / stored.file
+        try:
+            with path.open("rb") as file:
+                # A private copy, of which nothing is ever written: torch wants a buffer that it could write to.
+                pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=stored.offset - before)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: unreadable ({error})") from error
+        return torch.frombuffer(pages, dtype=stored.dtype, count=stored.piece.length, offset=before)
 
     def _open(self, name: str) -> safe_open:
         try:
@@ -195,3 +215,19 @@ class Checkpoint:
             return json.loads((self.path / name).read_bytes())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path / name}: unreadable ({error})") from error
+
+
+def _offsets(path: Path) -> dict[str, int]:
+    """Where in a safetensors file each tensor begins; ``safe_open`` has checked the header and does not tell."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
+
+
+def _may_overlap(want: Piece, have: Piece) -> bool:
+    """Whether the two can share an element; exact when they are ranges of the same box."""
+    if want.box == have.box:
+        return max(want.start, have.start) < min(want.start + want.length, have.start + have.length)
+    within = all(max(a_lo, b_lo) < min(a_hi, b_hi) for (a_lo, a_hi), (b_lo, b_hi) in zip(want.box, have.box))
+    return within and want.length > 0 and have.length > 0

@@ -180,12 +180,10 @@ def test_reading_a_range_touches_only_overlapping_pieces(tmp_path):
     tensor = any_bits((30,), torch.float32)
     save(tmp_path, 1, {("w", "weight"): tensor}, world_size=3)
     checkpoint = open_checkpoint(tmp_path)
-    opened = []
-    checkpoint._open = lambda name, original=checkpoint._open: (opened.append(name), original(name))[1]
-    checkpoint.shapes()
-    opened.clear()
+    mapped = []
+    checkpoint._map = lambda stored, original=checkpoint._map: (mapped.append(stored.file), original(stored))[1]
     assert same_bits(checkpoint.read_range("w", "weight", ((0, 30),), 20, 10), tensor[20:])
-    assert "shard_00001_000.safetensors" not in opened
+    assert mapped == ["shard_00002_000.safetensors"]
 
 
 def test_permissions_follow_the_umask_and_devices_and_strides_do_not_matter(tmp_path):
