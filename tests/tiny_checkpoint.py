@@ -38,6 +38,8 @@ MODELS = {
     "qwen3": {"attention": HYBRID, "qk_layernorm": True},
     "llama": {"attention": FULL, "qk_layernorm": False},
     "cwm": {"attention": HYBRID, "qk_layernorm": False},
+    "mistral": {"attention": HYBRID | {"pattern": "L"}, "qk_layernorm": False, "hidden_size": 50},
+    "qwen2": {"attention": HYBRID, "qk_layernorm": False, "add_qkv_bias": True, "kv_channels": None},
     "mds_dense": {"attention": SOFT_GATE, "qk_layernorm": True},
     "ernie4_5_moe": {
         "attention": FULL, "qk_layernorm": False, "rotary_interleaved": True,

@@ -25,9 +25,10 @@ def dense(**settings) -> ModelConfig:
     [
         (FULL, True, ["qwen3"]),
         (HYBRID, True, ["qwen3"]),
-        (FULL, False, ["llama", "cwm"]),
+        (FULL, False, ["llama", "cwm", "mistral"]),
         (HYBRID, False, ["cwm"]),
-        (HYBRID | {"pattern": "G"}, False, ["llama", "cwm"]),
+        (HYBRID | {"pattern": "L"}, False, ["cwm", "mistral"]),
+        (HYBRID | {"pattern": "G"}, False, ["llama", "cwm", "mistral"]),
         (GATE, True, ["mds_dense"]),
         (GATE, False, ["mds_dense"]),
     ],
@@ -58,7 +59,7 @@ def test_which_targets_hold_a_model(attention, qk_layernorm, able):
             "qwen3",
             {"attention": FULL, "qk_layernorm": False},
             "--target qwen3: qwen3 always normalises queries and keys: model.qk_layernorm is false; "
-            "use --target llama or cwm",
+            "use --target llama or cwm or mistral",
         ),
         (
             "mds_dense",
@@ -80,8 +81,8 @@ def test_which_targets_hold_a_model(attention, qk_layernorm, able):
         (
             "gpt2",
             {},
-            "--target gpt2: unknown; choose auto, qwen3, llama, cwm, mds_dense, ernie4_5_moe, qwen3_moe, mixtral, "
-            "deepseek_v3, deepseek_v2, mds_moe",
+            "--target gpt2: unknown; choose auto, qwen3, llama, cwm, mistral, qwen2, mds_dense, ernie4_5_moe, "
+            "qwen3_moe, mixtral, deepseek_v3, deepseek_v2, mds_moe",
         ),
     ],
 )
@@ -92,14 +93,15 @@ def test_a_target_is_refused_with_its_reasons_and_the_way_out(target, settings, 
 
 
 def test_auto_names_every_reason_when_no_target_can():
-    """Only qwen3 takes a width that the heads do not divide, and it needs query/key norm."""
-    model = dense(hidden_size=66, kv_channels=16, attention=FULL, qk_layernorm=False)
+    """Only qwen3 and mistral take a width that the heads do not divide; one needs query/key norm, one equal layers."""
+    model = dense(hidden_size=66, kv_channels=16, attention=HYBRID, qk_layernorm=False)
     with pytest.raises(
         ConfigError, match="--target auto: no target can express this model: qwen3 always normalises"
     ) as error:
         choose_target(model)
     assert "llama needs a width that the heads divide: model.hidden_size is 66" in str(error.value)
     assert "moe" not in str(error.value), "families for experts have nothing to say"
+    assert "mistral has one window for all layers, or none: model.attention.pattern is LLG" in str(error.value)
     assert "cwm needs" in str(error.value) and "mds_dense is for the soft gate only" in str(error.value)
     with pytest.raises(ConfigError, match="no target can express this model"):
         choose_target(model, None, "llama")

@@ -11,11 +11,13 @@ from megatron_ds.hf.targets.ernie4_5_moe import ERNIE4_5_MOE
 from megatron_ds.hf.targets.llama import LLAMA
 from megatron_ds.hf.targets.mds_dense import MDS_DENSE
 from megatron_ds.hf.targets.mds_moe import MDS_MOE
+from megatron_ds.hf.targets.mistral import MISTRAL
 from megatron_ds.hf.targets.mixtral import MIXTRAL
+from megatron_ds.hf.targets.qwen2 import QWEN2
 from megatron_ds.hf.targets.qwen3 import QWEN3
 from megatron_ds.hf.targets.qwen3_moe import QWEN3_MOE
 
-DENSE_TARGETS = (QWEN3, LLAMA, CWM, MDS_DENSE)
+DENSE_TARGETS = (QWEN3, LLAMA, CWM, MISTRAL, QWEN2, MDS_DENSE)
 EXPERT_TARGETS = (ERNIE4_5_MOE, QWEN3_MOE, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, MDS_MOE)
 TARGETS: dict[str, Target] = {target.model_type: target for target in (*DENSE_TARGETS, *EXPERT_TARGETS)}
 

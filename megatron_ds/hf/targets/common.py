@@ -107,13 +107,25 @@ class Target:
         """Whether the family is for models with experts, and for no others."""
         return "mlp.router.weight" in self.layer_names
 
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values of the family have a bias, always, or else never."""
+        return "attention.query.bias" in self.layer_names
+
     def reasons(self, model: ModelConfig, moe: MoEConfig | None) -> list[str]:
         """Why the family cannot express a model, one clause each; empty when it can. ``moe``: None for a dense one."""
         if moe is None and self.has_experts:
             return [f"{self.model_type} is for models with experts: the configuration has no moe section"]
         if moe is not None and not self.has_experts:
             return [f"{self.model_type} has no experts: moe.num_experts is {moe.num_experts}"]
-        return self.limits(model, moe)
+        return self._bias_reasons(model) + self.limits(model, moe)
+
+    def _bias_reasons(self, model: ModelConfig) -> list[str]:
+        if model.add_qkv_bias == self.has_qkv_bias:
+            return []
+        rule = "always has a bias" if self.has_qkv_bias else "has no bias"
+        given = str(model.add_qkv_bias).lower()
+        return [f"{self.model_type} {rule} on queries, keys and values alone: model.add_qkv_bias is {given}"]
 
 
 def layer_types(model: ModelConfig) -> list[str]:
@@ -212,6 +224,14 @@ def window_reasons(family: str, model: ModelConfig) -> list[str]:
     if sliding_window(model) is None:
         return []
     return [f"{family} has no per-layer windows: model.attention.kind is hybrid"]
+
+
+def mixed_window_reasons(family: str, model: ModelConfig) -> list[str]:
+    """Some families have one window for all layers, or none."""
+    if len(set(layer_types(model))) == 1:
+        return []
+    pattern = model.attention.pattern
+    return [f"{family} has one window for all layers, or none: model.attention.pattern is {pattern}"]
 
 
 def head_width_reasons(family: str, model: ModelConfig) -> list[str]:
@@ -317,3 +337,8 @@ def parse_windows(kinds: list[str], sliding_window: int | None) -> dict[str, Any
     letters = "".join(LAYER_LETTERS[kind] for kind in kinds)
     period = next(n for n in range(1, len(letters) + 1) if (letters[:n] * len(letters)).startswith(letters))
     return {"kind": "hybrid", "pattern": letters[:period], "window": sliding_window - 1}
+
+
+def parse_window(num_layers: int, window: int | None) -> dict[str, Any]:
+    """The attention section for one ``sliding_window`` of all layers, or for none."""
+    return parse_windows(["full_attention" if window is None else "sliding_attention"] * num_layers, window)

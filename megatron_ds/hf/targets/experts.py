@@ -10,7 +10,7 @@ from typing import Any
 from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.errors import ConfigError
-from megatron_ds.hf.targets.common import LAYER_NAMES, attention_reasons, layer_types, parse_windows
+from megatron_ds.hf.targets.common import LAYER_NAMES, attention_reasons
 
 EXPERT_LAYER_NAMES = LAYER_NAMES | {
     "mlp.router.weight": "mlp.gate.weight",
@@ -87,14 +87,6 @@ def shared_expert_reasons(family: str, moe: MoEConfig) -> list[str]:
     return [f"{family} has no shared expert: moe.moe_shared_expert_intermediate_size is {width}"]
 
 
-def mixed_window_reasons(family: str, model: ModelConfig) -> list[str]:
-    """Some families have one window for all layers, or none."""
-    if len(set(layer_types(model))) == 1:
-        return []
-    pattern = model.attention.pattern
-    return [f"{family} has one window for all layers, or none: model.attention.pattern is {pattern}"]
-
-
 # --- reading a config.json ------------------------------------------------------------------------------------------
 
 
@@ -133,8 +125,3 @@ def parse_groups(config: dict[str, Any]) -> dict[str, Any]:
     """Groups of the router's coarse stage; one group is none."""
     groups = whole_number(config, "n_group")
     return {"num_groups": groups, "group_topk": whole_number(config, "topk_group")} if groups > 1 else {}
-
-
-def parse_window(num_layers: int, window: int | None) -> dict[str, Any]:
-    """The attention section for one ``sliding_window`` of all layers, or for none."""
-    return parse_windows(["full_attention" if window is None else "sliding_attention"] * num_layers, window)
