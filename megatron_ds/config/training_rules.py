@@ -82,8 +82,39 @@ def finetuning_begins_with_weights(config: RunConfig) -> Iterator[Problem]:
         yield problem(config, "checkpoint.finetune", "needs weights to begin with", "give --load", "checkpoint.load")
 
 
+def local_checkpoints_have_place_and_interval(config: RunConfig) -> Iterator[Problem]:
+    checkpoint = config.megatron_ds.checkpoint
+    for given, needed, fix in (
+        ("local_save", "local_save_interval", "say how often with --local-save-interval"),
+        ("local_save_interval", "local_save", "say where with --local-save DIR, on a disk of the node"),
+        ("local_save_neighbour", "local_save", "say where with --local-save DIR, on a disk of the node"),
+    ):
+        if getattr(checkpoint, given) and getattr(checkpoint, needed) is None:
+            path = f"checkpoint.{given}"
+            yield problem(config, path, f"needs checkpoint.{needed}", fix, f"checkpoint.{needed}")
+
+
+def retention_has_a_number(config: RunConfig) -> Iterator[Problem]:
+    checkpoint = config.megatron_ds.checkpoint
+    for name in ("save_retain_interval", "keep_best"):
+        if getattr(checkpoint, name) and checkpoint.keep_last is None:
+            rule = "says what else to keep, and without checkpoint.keep_last everything is kept"
+            yield problem(config, f"checkpoint.{name}", rule, "set --keep-last", "checkpoint.keep_last")
+
+
+def the_best_is_measured(config: RunConfig) -> Iterator[Problem]:
+    checkpoint, training = config.megatron_ds.checkpoint, config.megatron_ds.training
+    for name, chosen in (("keep_best", checkpoint.keep_best), ("save_hf", checkpoint.save_hf == "best")):
+        if chosen and training.eval_interval is None:
+            rule, fix = "the best checkpoint is found by its validation loss", "set --eval-interval"
+            yield problem(config, f"checkpoint.{name}", rule, fix, "training.eval_interval")
+
+
 TRAINING_RULES = (
     finetuning_begins_with_weights,
+    local_checkpoints_have_place_and_interval,
+    retention_has_a_number,
+    the_best_is_measured,
     vocabulary_is_known,
     there_is_data,
     blends_are_weights_and_prefixes,
