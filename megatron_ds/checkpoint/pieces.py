@@ -111,9 +111,9 @@ def place(values: Tensor, filled: Tensor, want: Piece, source: Tensor, have: Pie
     """
     bits = _BITS[values.element_size()]
     agrees = True
-    for want_box, want_offset in _boxes(want.box, want.start, want.length):
-        for have_box, have_offset in _boxes(have.box, have.start, have.length):
-            common = _intersection(want_box, have_box)
+    for want_box, want_offset in range_boxes(want.box, want.start, want.length):
+        for have_box, have_offset in range_boxes(have.box, have.start, have.length):
+            common = intersection(want_box, have_box)
             if common is None:
                 continue
             old, known = (_view(flat, want_offset, want_box, common) for flat in (values, filled))
@@ -125,7 +125,7 @@ def place(values: Tensor, filled: Tensor, want: Piece, source: Tensor, have: Pie
     return agrees
 
 
-def _boxes(box: Box, start: int, length: int, offset: int = 0) -> Iterator[tuple[Box, int]]:
+def range_boxes(box: Box, start: int, length: int, offset: int = 0) -> Iterator[tuple[Box, int]]:
     """Cut a range of a flattened box into boxes that are contiguous in it, each with its offset in the range."""
     if length == 0:
         return
@@ -142,12 +142,12 @@ def _boxes(box: Box, start: int, length: int, offset: int = 0) -> Iterator[tuple
             yield ((lo + row, lo + row + rows), *inner), offset
         else:
             taken = min(length, row_length - skipped)
-            for part, part_offset in _boxes(inner, skipped, taken, offset):
+            for part, part_offset in range_boxes(inner, skipped, taken, offset):
                 yield ((lo + row, lo + row + 1), *part), part_offset
         start, length, offset = start + taken, length - taken, offset + taken
 
 
-def _intersection(a: Box, b: Box) -> Box | None:
+def intersection(a: Box, b: Box) -> Box | None:
     """What two boxes share; None when that is nothing."""
     common = tuple((max(a_lo, b_lo), min(a_hi, b_hi)) for (a_lo, a_hi), (b_lo, b_hi) in zip(a, b))
     return common if all(lo < hi for lo, hi in common) else None

@@ -6,7 +6,6 @@ and renamed: the output either does not exist or is whole. MTP blocks go into th
 their own beside it, which appears together with it. Training state is not exported; ``verify.py`` does the proving.
 """
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from megatron_ds.hf.decoder import check_tensors, read_config
 from megatron_ds.hf.model_card import model_card, mtp_card
 from megatron_ds.hf.options import FORMATS, ExportOptions
 from megatron_ds.hf.plan import Plan
+from megatron_ds.hf.sections import is_hugging_face_directory
 from megatron_ds.hf.targets import choose_target, place_mtp
 from megatron_ds.hf.targets.common import SpecialIds, Target
 from megatron_ds.hf.tokenizer_files import TokenizerFiles
@@ -134,15 +134,6 @@ def committed(output: Path, force: bool) -> Iterator[Path]:
             _take_place(directory, output, aside=Path(hidden) / "replaced")
     except OSError as error:
         raise ConfigError(f"--output {output}: {error}; nothing was changed") from error
-
-
-def is_hugging_face_directory(directory: Path) -> bool:
-    """Whether ``directory`` has a config.json that names a model_type."""
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "model_type" in config
 
 
 def _take_place(directory: Path, output: Path, aside: Path) -> None:

@@ -109,7 +109,7 @@ class Plan:
 
     def _layer(self, prefix: str, name: str, shape: tuple[int, ...]) -> list[Entry]:
         """The entries of one tensor of a decoder layer; after a router's, what the layer lacks and the family has."""
-        inside = _inside_layer(name)
+        inside = inside_layer(name)
         if inside.startswith(TRAINING_ONLY):
             return []
         rounding = held_precision(name, self.run, self.target, self.precision)
@@ -164,12 +164,12 @@ def held_precision(name: str, run: RunConfig, target: Target, precision: str) ->
     That is its precision, save for what the family keeps in fp32. Of that, the router's weights are rounded when the
     run computed with them in this very precision, so that the export routes as training did; its bias never is.
     """
-    inside = _inside_layer(name)
+    inside = inside_layer(name)
     if inside not in target.kept_fp32:
         return precision
     return precision if inside != ROUTER_BIAS and run.dtype_name == precision else "fp32"
 
 
-def _inside_layer(name: str) -> str:
+def inside_layer(name: str) -> str:
     """What follows the decoder layer in a logical name, be it one of the list or that of an MTP block."""
     return re.sub(r"^(layers\.\d+|mtp\.\d+\.layer)\.", "", name)

@@ -19,10 +19,11 @@ from transformers.utils import logging
 
 from megatron_ds.checkpoint.store import open_checkpoint
 from megatron_ds.errors import CheckpointError, ConfigError
-from megatron_ds.hf.export import export, is_hugging_face_directory
+from megatron_ds.hf.export import export
 from megatron_ds.hf.options import ExportOptions
 from megatron_ds.hf.remote_code.modeling_mds_dense import MdsDenseForCausalLM
 from megatron_ds.hf.remote_code.modeling_mds_moe import MdsMoeForCausalLM
+from megatron_ds.hf.sections import is_hugging_face_directory
 from megatron_ds.inference.sampling import Sampling
 
 OURS = {kind.config_class.model_type: kind for kind in (MdsDenseForCausalLM, MdsMoeForCausalLM)}
