@@ -1,11 +1,13 @@
 """From a command line to a configuration: one JSON file, one set of flags, one frozen tree or one report.
 
-Later sources win: schema default, generation default, file, flag. They are merged as raw trees, checked against the
-schema (``check.py``), against the rules between settings (``rules.py``), and completed (``resolve.py``). Whatever is
-wrong anywhere is raised at the end as one ConfigError with a numbered line per problem.
+Later sources win: schema default, generation default, the model that the run begins with (``pretrained.py``), file,
+flag. They are merged as raw trees, checked against the schema (``check.py``), against the rules between settings
+(``rules.py``), and completed (``resolve.py``). Whatever is wrong anywhere is raised at the end as one ConfigError with
+a numbered line per problem.
 """
 
 import os
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -16,6 +18,7 @@ from megatron_ds.config.deepspeed_dict import deepspeed_dict
 from megatron_ds.config.flags import LEAVES_AT, CommandLine, read_command_line
 from megatron_ds.config.help import help_text
 from megatron_ds.config.json_file import read_json
+from megatron_ds.config.pretrained import LOAD, Pretrained
 from megatron_ds.config.problems import Findings, Problem
 from megatron_ds.config.resolve import ACCUMULATION, LR, MICRO, RUN_NAME, TRAIN, TRAIN_ITERS, TRAIN_SAMPLES, resolve
 from megatron_ds.config.rules import find_broken
@@ -69,11 +72,23 @@ class LoadedConfig:
     """Printable: how the configuration differs from the file."""
 
 
-def load_config(argv: list[str], *, prog: str = "pretrain.py", world_size: int | None = None) -> LoadedConfig:
+def load_config(
+    argv: list[str],
+    *,
+    prog: str = "pretrain.py",
+    world_size: int | None = None,
+    defaults_in: Callable[[FilePath], dict[str, Any] | None] = lambda directory: None,
+) -> LoadedConfig:
     """Read file and flags into a complete configuration.
 
-    ``world_size`` is by default the launcher's WORLD_SIZE, or 1. ``--help`` prints and exits with code 0. Raises
-    ConfigError naming every problem of the file, the flags and their combination.
+    Args:
+        argv: the command line.
+        prog: its program, for ``--help``, which prints and exits with code 0.
+        world_size: ranks; by default the launcher's WORLD_SIZE, or 1.
+        defaults_in: the sections that the directory ``checkpoint.load`` settles (``hf.sections.run_defaults``); None
+            for a directory of checkpoints.
+
+    Raises ConfigError naming every problem of the file, the flags and their combination.
     """
     findings = Findings()
     line = read_command_line(argv, findings)
@@ -83,29 +98,48 @@ def load_config(argv: list[str], *, prog: str = "pretrain.py", world_size: int |
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
     file = FilePath(line.file) if line.file is not None else None
     from_file = read_json(file, findings) if file else {}
-    tree, lost = merge(from_file or {}, line)
+    origin = f"{file} and the command line" if file else "the command line"
+    pretrained = _pretrained(from_file or {}, line, defaults_in)
+    if pretrained:
+        for contradiction in pretrained.contradictions():
+            findings.add(contradiction)
+        findings.raise_any(origin, line.flag_of)
+    tree, lost = merge(from_file or {}, line, pretrained)
     config = check(tree, findings)
     for path in lost:
         rule, fix = "lies inside a value that has no such part", "docs/configuration.md lists every key"
         findings.add(Problem(path, line.values[path], rule, fix, (path,)))
     if from_file is not None:
         find_broken(config, ranks, findings)
-    findings.raise_any(f"{file} and the command line" if file else "the command line", line.flag_of)
+    findings.raise_any(origin, line.flag_of)
     resolved = resolve(config, ranks, file.stem if file else "run")
-    return LoadedConfig(resolved, file, changes(resolved, from_file or {}, line))
+    return LoadedConfig(resolved, file, changes(resolved, from_file or {}, line, pretrained))
 
 
-def merge(from_file: Tree, line: CommandLine) -> tuple[Tree, list[Path]]:
-    """One raw tree from generation, file and flags, and the paths of flags that could not be written into it."""
+def _pretrained(
+    from_file: Tree, line: CommandLine, defaults_in: Callable[[FilePath], dict[str, Any] | None]
+) -> Pretrained | None:
+    """The settings of the model that the run begins with; None when it begins with none, or with a checkpoint."""
+    load = line.values.get(LOAD, lookup(from_file, LOAD))
+    sections = defaults_in(FilePath(load)) if isinstance(load, str) else None
+    if sections is None:
+        return None
+    user = deepcopy(from_file)
+    _write_flags(user, line)
+    return Pretrained.of(load, sections, user)
+
+
+def merge(from_file: Tree, line: CommandLine, pretrained: Pretrained | None = None) -> tuple[Tree, list[Path]]:
+    """One raw tree from all sources, and the paths of flags that could not be written into it."""
     file = deepcopy(from_file)
     _drop_automatic(file)
     _yield_batch(file, line)
     _yield_length(file, line)
     _yield_kinds(file, line)
-    generation = line.values.get(GENERATION, lookup(file, GENERATION, "v1"))
-    tree = _overlay(deepcopy(GENERATION_DEFAULTS.get(str(generation), {})), file)
-    shallow_first = sorted(line.values, key=len)
-    return tree, [path for path in shallow_first if not _write_flag(tree, path, line.values[path])]
+    below = pretrained.below() if pretrained else {}
+    generation = line.values.get(GENERATION, lookup(file, GENERATION, lookup(below, GENERATION, "v1")))
+    tree = _overlay(_overlay(deepcopy(GENERATION_DEFAULTS.get(str(generation), {})), below), file)
+    return tree, _write_flags(tree, line)
 
 
 def _overlay(below: Any, above: Any) -> Any:
@@ -148,6 +182,12 @@ def _yield_kinds(file: Tree, line: CommandLine) -> None:
             remove(file, section)
 
 
+def _write_flags(tree: Tree, line: CommandLine) -> list[Path]:
+    """Write all flags into a tree; the paths of those that could not be."""
+    shallow_first = sorted(line.values, key=len)
+    return [path for path in shallow_first if not _write_flag(tree, path, line.values[path])]
+
+
 def _write_flag(tree: Tree, path: Path, value: Any) -> bool:
     """Write a flag's value, whether that was possible; a last element that is a number addresses an item of a list."""
     *whole, last = path
@@ -159,10 +199,10 @@ def _write_flag(tree: Tree, path: Path, value: Any) -> bool:
     return write(tree, tuple(whole), [*items[: int(last)], value, *items[int(last) + 1 :]])
 
 
-def changes(config: RunConfig, from_file: Tree, line: CommandLine) -> list[str]:
+def changes(config: RunConfig, from_file: Tree, line: CommandLine, pretrained: Pretrained | None = None) -> list[str]:
     """How the complete configuration differs from the file, one line per setting; defaults are only counted."""
     given, final = flatten(from_file), flatten(config.model_dump(mode="json"))
-    derived = _derived(config, line)
+    derived = (pretrained.sources() if pretrained else {}) | _derived(config, line)
     lines, defaults = [], 0
     for path, value in final.items():
         flags = [flag for written, flag in line.flag_of.items() if overlap(written, path)]
