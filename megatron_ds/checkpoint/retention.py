@@ -70,7 +70,7 @@ def validation_losses(directory: Path) -> dict[int, float | None]:
 
 
 def validation_loss(trainer: dict) -> float | None:
-    """Mean over the validation sets, when a checkpoint with this trainer state was last evaluated before it; or None."""
+    """Mean over the validation sets, at the last evaluation before this state of the trainer; None without one."""
     values = list((trainer.get("eval") or {}).values())
     return sum(values) / len(values) if values else None
 

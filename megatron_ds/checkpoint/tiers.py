@@ -1,10 +1,9 @@
 """Tiers: one snapshot in main memory, written to any number of places by a thread for each.
 
 A tier is a store with its own thread, so a slow disk delays its own tier only: all of them write the snapshot, none
-reads what another wrote. There are two buffers for snapshots. While both wait for a disk, the next save waits, too:
-that bounds the memory, and how far training can run ahead of its checkpoints. Every rank has the same tiers and saves
-the same steps in the same order; the ranks of a store meet on its thread. A save that fails costs nothing but itself:
-it becomes an ``Outcome`` with its error.
+reads what another wrote. A save waits until its tiers have written the one before: that bounds the memory, and how far
+training can run ahead of its checkpoints. Every rank has the same tiers and saves the same steps in the same order; the
+ranks of a store meet on its thread. A save that fails costs nothing but itself: it becomes an ``Outcome``.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,10 +20,6 @@ from megatron_ds.checkpoint.pieces import Fragment
 from megatron_ds.checkpoint.staging import Staging
 from megatron_ds.checkpoint.store import SaveReport
 from megatron_ds.errors import MegatronError
-
-BUFFERS = 2
-"""Snapshots that can be in memory at once: one for a slow disk, one for the others."""
-
 
 class Store(Protocol):
     """A place for checkpoints; every rank calls it."""
@@ -89,19 +84,24 @@ class TieredSaver:
         }
         # Last in, first out: while one buffer is enough, the other takes no memory.
         self._free: LifoQueue[Staging] = LifoQueue()
-        for _ in range(BUFFERS):
+        for _ in self._tiers:
             self._free.put(Staging())
-        self._pending: list[Future[None]] = []
+        self._writing: dict[str, Future[None]] = {}
         self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
 
     def save(self, snapshot: Snapshot, names: Iterable[str]) -> None:
-        """Copy a snapshot and hand it to the named tiers; waits for a free buffer, and for the copy."""
+        """Copy a snapshot and hand it to the named tiers; waits for the copy, and until they are free.
+
+        Raises what ``wait`` raises.
+        """
         tiers = [tier for tier in self._tiers if tier.name in set(names)]
-        staging = self._free.get()
+        for tier in tiers:
+            self._settle(tier.name)
+        staging = self._free.get()  # there is one: as many tiers are free
         held = replace(snapshot, fragments=staging.hold(snapshot.fragments))
         done = _Countdown(len(tiers), lambda: self._free.put(staging))
-        self._pending = [future for future in self._pending if not future.done() or future.exception()]
-        self._pending += [self._threads[tier.name].submit(self._write, tier, held, done) for tier in tiers]
+        for tier in tiers:
+            self._writing[tier.name] = self._threads[tier.name].submit(self._write, tier, held, done)
 
     def outcomes(self) -> list[Outcome]:
         """Saves that ended since the last call, in the order in which they did."""
@@ -112,14 +112,18 @@ class TieredSaver:
 
     def wait(self) -> None:
         """Wait until nothing is left to write. Raises what a thread raised that is not a failed save: a lost rank."""
-        pending, self._pending = self._pending, []
-        for future in pending:
-            future.result()
+        for tier in self._tiers:
+            self._settle(tier.name)
 
     def close(self) -> None:
         """Write what is left and end the threads."""
         for thread in self._threads.values():
             thread.shutdown(wait=True)
+
+    def _settle(self, name: str) -> None:
+        """Wait until a tier has written what it was given."""
+        if name in self._writing:
+            self._writing.pop(name).result()
 
     def _write(self, tier: Tier, snapshot: Snapshot, done: "_Countdown") -> None:
         report, notes, error = None, [], None

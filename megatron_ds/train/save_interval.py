@@ -1,8 +1,8 @@
 """How often to save: every so many steps, or as often as pays.
 
 A save costs training some seconds; a failure costs what was computed since the last one, on average half an interval.
-The sum is least when checkpoints are sqrt(2 x cost of a save x mean time between failures) apart (Young 1974, Daly 2006).
-``auto`` measures both costs in the run itself: it saves after ten steps, and from the second save on knows better.
+The sum is least when saves are sqrt(2 x cost of a save x mean time between failures) apart (Young 1974, Daly 2006).
+``auto`` measures the cost in the run itself: it saves after ten steps, and from the second save on knows better.
 """
 
 import math

@@ -1,5 +1,6 @@
 """When to save: fixed intervals, and the interval that follows from the cost of a save and of a failure."""
 
+import itertools
 import math
 
 import pytest
@@ -28,7 +29,7 @@ def test_auto_probes_then_weighs():
             saves.took_save(stall, write_seconds=1.0)
     best = math.sqrt(2 * stall * days * SECONDS_PER_DAY / nodes) / step_seconds
     assert taken[:2] == [PROBE_STEPS, 2 * PROBE_STEPS]
-    assert {b - a for a, b in zip(taken[1:], taken[2:])} == {round(best)}
+    assert {b - a for a, b in itertools.pairwise(taken[1:])} == {round(best)}
 
 
 def test_auto_is_the_cheapest_interval():
@@ -54,4 +55,4 @@ def test_auto_waits_for_a_slow_disk():
 
 def test_auto_counts_from_where_the_run_resumed():
     saves = interval("auto", step=1234)
-    assert [step for step in range(1235, 1250) if saves.due(step)][0] == 1234 + PROBE_STEPS
+    assert next(step for step in range(1235, 1250) if saves.due(step)) == 1234 + PROBE_STEPS
