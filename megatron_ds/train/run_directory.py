@@ -2,7 +2,7 @@
 
 ``runs/NAME`` holds ``config.json``, ``ledger.jsonl``, ``status.json``, ``experts.png`` of a model with experts,
 ``wandb/`` and ``checkpoints/``. The same command finds the same directory and resumes. Rank 0 acquires it; the
-operating system releases the lock with the process, however it dies, so a crash never locks anyone out.
+lock of a process that died, however it did, is taken over, so a crash never locks anyone out.
 ``status.json`` says in a few words how the run is doing: scripts read it instead of the launcher's exit code, which
 depends on which rank was noticed first.
 """
@@ -12,12 +12,11 @@ import os
 import re
 import secrets
 import socket
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
+from megatron_ds.checkpoint.lock import DirectoryLock
 from megatron_ds.checkpoint.manifest import replace_file
 from megatron_ds.errors import ConfigError
 
@@ -37,7 +36,7 @@ class RunDirectory:
         self.experts = self.path / "experts.png"
         self.checkpoints = self.path / "checkpoints"
         self._run_id = self.path / "run_id"
-        self._lock = FileLock(self.path / ".lock", timeout=0)
+        self._lock = DirectoryLock(self.path, otherwise="give this one another --run-name")
         self._started: datetime | None = None
 
     def acquire(self) -> None:
@@ -48,22 +47,22 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-        except Timeout:
-            raise ConfigError(
-                f"run directory {self.path} is in use by {self._owner()}; stop that job or give this one "
-                f"another --run-name"
-            ) from None
         except OSError as error:
             raise ConfigError(
                 f"run directory {self.path} cannot be created: {error.strerror}; set --run-dir to a writable directory"
             ) from error
+        self._lock.acquire()
         self._started = datetime.now(UTC)
         self.write_status("starting")
 
     def release(self) -> None:
         """Give the directory back before the process ends."""
         self._lock.release()
+
+    @property
+    def held(self) -> bool:
+        """Whether it still is this job's, seen now; another may have taken it over while this one was stopped."""
+        return self._lock.held
 
     def write_config(self, tree: dict[str, Any]) -> None:
         """Write the resolved configuration, without values that look like secrets."""
@@ -89,19 +88,6 @@ class RunDirectory:
         replace_file(self._run_id, f"{run_id}\n".encode())
         return run_id
 
-    def _owner(self) -> str:
-        """Who holds the lock, from the status that it wrote."""
-        try:
-            status = json.loads(self.status.read_text())
-            now = datetime.now(UTC)
-            started, seen = (_age(now - datetime.fromisoformat(status[key])) for key in ("started", "time"))
-            return (
-                f"pid {status['pid']} on host {status['host']} ({status['state']}, started {started} ago, "
-                f"last sign of life {seen} ago)"
-            )
-        except (OSError, ValueError, KeyError):
-            return "a job that has not written its status yet"
-
 
 def without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
     """Copy of a configuration tree without the keys that name a secret (``api_key``, ``token``, ``password`` ...)."""
@@ -114,12 +100,3 @@ def without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _json(tree: dict[str, Any]) -> bytes:
     return json.dumps(tree, indent=2).encode() + b"\n"
-
-
-def _age(span: timedelta) -> str:
-    """A duration in its largest unit: 7 s, 12 min, 3 h, 2 d."""
-    seconds = max(0, int(span.total_seconds()))
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds // length} {unit}"
-    return f"{seconds} s"

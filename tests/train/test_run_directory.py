@@ -50,8 +50,10 @@ def test_acquire_creates_it_and_says_starting(tmp_path):
 
 
 def test_a_second_live_job_is_refused_and_told_by_whom(tmp_path, owner):
-    with pytest.raises(ConfigError, match=f"is in use by pid {owner.pid} on host {socket.gethostname()} \\(training, "):
+    with pytest.raises(ConfigError) as caught:
         RunDirectory(tmp_path / "run").acquire()
+    assert f"/run is in use by pid {owner.pid} on host {socket.gethostname()} (last sign of life " in str(caught.value)
+    assert str(caught.value).endswith(" s ago); stop that job or give this one another --run-name")
     assert json.loads((tmp_path / "run" / "status.json").read_text())["pid"] == owner.pid
 
 
@@ -60,14 +62,9 @@ def test_a_dead_owner_is_taken_over(tmp_path, owner):
     owner.wait()
     run = RunDirectory(tmp_path / "run")
     run.acquire()
-    assert status(run)["pid"] == os.getpid()
+    assert status(run)["pid"] == os.getpid() and run.held
     run.release()
-
-
-def test_an_owner_without_a_status_is_still_refused(tmp_path, owner):
-    (tmp_path / "run" / "status.json").unlink()
-    with pytest.raises(ConfigError, match="a job that has not written its status yet"):
-        RunDirectory(tmp_path / "run").acquire()
+    assert not run.held
 
 
 def test_a_directory_that_cannot_be_created_is_a_config_error(tmp_path):
