@@ -185,7 +185,7 @@ def _read_all(directory: Path, name: str, read: Callable[[Path], dict[str, Store
     index = directory / f"{name}.index.json"
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {file: _plain_file(directory, file, index.name) for file in dict.fromkeys(places.values())}
+        files = {file: _plain_file(directory, file, index.name) for file in sorted(set(places.values()))}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{index}: unreadable ({error!r})") from error
     if absent := [file for file, path in files.items() if not path.is_file()]:
