@@ -28,6 +28,7 @@ from megatron_ds.hf.decoder import check_tensors, read_config
 from megatron_ds.hf.model_card import model_card, mtp_card
 from megatron_ds.hf.options import FORMATS, ExportOptions
 from megatron_ds.hf.plan import Plan
+from megatron_ds.hf.report import REPORT, export_report
 from megatron_ds.hf.sections import is_hugging_face_directory
 from megatron_ds.hf.targets import choose_target, place_mtp
 from megatron_ds.hf.targets.common import SpecialIds, Target
@@ -62,10 +63,12 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> Expo
     plan = Plan(check_tensors(checkpoint, model, moe), run, target, precision)
     write = partial(write_weights, read=partial(_read, checkpoint), max_shard_size=options.max_shard_size)
     ids = tokenizer.special_ids() if tokenizer else plain_ids(run)
+    report = partial(export_report, checkpoint, run, target, precision, options.command)
     held = model if mtp == "inline" else model.model_copy(update={"mtp_num_layers": 0})
     separate = committed(mtp_directory(output), options.force) if mtp == "separate" else nullcontext()
     with committed(output, options.force) as directory, separate as beside:
-        write(directory, plan.main() + (plan.mtp() if mtp == "inline" else []))
+        entries = plan.main() + (plan.mtp() if mtp == "inline" else [])
+        write(directory, entries)
         _write_configs(directory, target.config(held, moe, ids, FORMATS[precision].name), ids)
         if tokenizer:
             tokenizer.write(directory, model.max_positions)
@@ -74,12 +77,14 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> Expo
         card = model_card(output.name, checkpoint, run, target, precision, mtp, options.command)
         (directory / "README.md").write_text(card, encoding="utf-8")
         if beside:
-            write(beside, plan.mtp())
+            drafts = plan.mtp()
+            write(beside, drafts)
             config = target.config(model, moe, ids, FORMATS[precision].name)
             write_json(beside / "config.json", config | {"architectures": [target.mtp.architecture]} | _versions())
             (beside / "README.md").write_text(mtp_card(output.name, model), encoding="utf-8")
-        if options.verify:
-            verify(directory, checkpoint, tokenizer, precision)
+            write_json(beside / REPORT, report(drafts, None, not_verified="draft blocks have no logits of their own"))
+        parity = verify(directory, checkpoint, tokenizer, precision) if options.verify else None
+        write_json(directory / REPORT, report(entries, parity))
     return Exported(target, mtp)
 
 

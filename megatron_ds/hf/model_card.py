@@ -4,13 +4,12 @@ Every figure comes from the checkpoint; what the run did not record is left out 
 """
 
 import json
-from importlib.metadata import version
 
-import megatron_ds
 from megatron_ds.checkpoint.reader import Checkpoint
 from megatron_ds.config.model_schema import Attention, HybridAttention, LatentAttention, ModelConfig, SoftGateAttention
 from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.config.schema import RunConfig
+from megatron_ds.hf.report import public_config, versions
 from megatron_ds.hf.targets.common import Target
 from megatron_ds.model.cost import active_parameters, num_parameters
 
@@ -86,8 +85,6 @@ def model_card(
     command: str,
 ) -> str:
     """Text of README.md; ``mtp`` is where the MTP blocks are, ``command`` the user's command line."""
-    packages = ("torch", "transformers", "deepspeed")
-    versions = [f"megatron_ds {megatron_ds.__version__}", *(f"{name} {version(name)}" for name in packages)]
     model, moe = run.megatron_ds.model, run.megatron_ds.moe
     rows = [*_model_facts(model, moe, precision), *_mtp_facts(title, model, mtp), *_training_facts(checkpoint)]
     return CARD.format(
@@ -98,8 +95,8 @@ def model_card(
         trust=", trust_remote_code=True" if target.code_files else "",
         engines=target.engines,
         command=command,
-        versions=", ".join(versions),
-        config=json.dumps(checkpoint.config, indent=2),
+        versions=", ".join(f"{name} {number}" for name, number in versions().items()),
+        config=json.dumps(public_config(run), indent=2),
     )
 
 

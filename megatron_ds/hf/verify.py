@@ -3,17 +3,17 @@
 The training model is rebuilt from the checkpoint here; ``probe.py`` loads the directory there, with nothing of this
 package. Both see the same tokens, random and real, in sequences longer than the attention window. An export in 16 bits
 is held to the same tolerance, against weights rounded the same way; what the rounding itself costs is reported beside
-it. Every check prints one line and goes into ``export_report.json``.
+it. Every check prints one line; ``report.py`` keeps them, with the figures, in the export.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +30,7 @@ from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.decoder import load_decoder, read_config
 from megatron_ds.hf.options import FORMATS
 from megatron_ds.hf.plan import held_precision
+from megatron_ds.hf.report import Check, Parity, Rounding
 from megatron_ds.hf.targets import TARGETS
 from megatron_ds.hf.targets.common import Target
 from megatron_ds.hf.tokenizer_files import TokenizerFiles
@@ -61,27 +62,14 @@ TEXTS = (
 """What the tokenizers are compared on; repeated, also the real sequence."""
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of the report; ``passed`` is None for a figure that is only reported."""
-
-    name: str
-    passed: bool | None
-    detail: str
-
-    def __str__(self) -> str:
-        mark = {True: "ok    ", False: "FAILED", None: "note  "}[self.passed]
-        return f"{mark} {self.name}: {self.detail}"
-
-
 def verify(
     directory: Path,
     checkpoint: Checkpoint,
     tokenizer: TokenizerFiles | None,
     precision: str,
     report: Callable[[str], None] = print,
-) -> list[Check]:
-    """Compare the export in ``directory`` with the checkpoint, write ``export_report.json`` there, return the checks.
+) -> Parity:
+    """Compare the export in ``directory`` with the checkpoint and return what was measured.
 
     ``precision`` is the export's (a key of ``options.FORMATS``); ``report`` receives one line per check. Raises
     CheckpointError when a check fails, or when the directory cannot be loaded at all.
@@ -100,22 +88,38 @@ def verify(
 
     decoder = load_decoder(checkpoint, partial(_dtype, run, target, precision))
     reference_NPV, decided_NP = _reference_logits(decoder, token_NS, position_P)
-    checks = [_check_keys(answer["keys"], config)]
-    checks += [_check_logits(name, found, reference_NPV, decided_NP, precision) for name, found in logits.items()]
+    limit = TOLERANCE * max(1.0, reference_NPV.abs().max().item())
+    largest = {name: _largest(found - reference_NPV, decided_NP) for name, found in logits.items()}
+    same_NP = logits["eager"].argmax(-1) == reference_NPV.argmax(-1)
+    rounding = None
     if precision != "fp32":
         exact_NPV, _ = _reference_logits(load_decoder(checkpoint), token_NS, position_P)
-        checks.append(_note_rounding(logits["eager"], exact_NPV, precision))
-    checks.append(_check_greedy(answer["greedy"]))
+        rounding = _rounding(logits["eager"], exact_NPV)
+    greedy, tokenized = answer["greedy"]["cached"] == answer["greedy"]["uncached"], None
+    checks = [_check_keys(answer["keys"], config)]
+    checks += [_check_logits(name, found, limit, decided_NP, precision) for name, found in largest.items()]
+    checks += [_note_rounding(rounding, precision)] if rounding else []
+    checks += [Check("greedy generation", greedy, f"{NEW_TOKENS} tokens, cached {'==' if greedy else '!='} uncached")]
     if tokenizer:
         checks.append(_check_tokenizer(answer["tokenizer"], tokenizer))
-
+        tokenized = checks[-1].passed
     for check in checks:
         report(str(check))
-    write_json(directory / "export_report.json", {"checks": [asdict(check) for check in checks]})
     failed = [check.name for check in checks if check.passed is False]
     if failed:
         raise CheckpointError(f"{checkpoint.path}: the export is not the model: {', '.join(failed)}")
-    return checks
+    return Parity(
+        max_logit_difference=max(largest.values()),
+        limit=limit,
+        top1_agreement=same_NP[decided_NP].float().mean().item(),
+        tokens_compared=int(decided_NP.sum()),
+        tokens_left_out=int((~decided_NP).sum()),
+        implementations=tuple(logits),
+        cached_equals_uncached=greedy,
+        tokenizer_equal=tokenized,
+        rounding=rounding,
+        checks=tuple(checks),
+    )
 
 
 def _sequences(model: ModelConfig, tokenizer: TokenizerFiles | None) -> Tensor:
@@ -217,13 +221,15 @@ def _check_keys(keys: dict[str, list[str]], config: dict) -> Check:
     return Check("weights", not found, "; ".join(found) or f"0 missing, 0 unexpected{drafts}")
 
 
-def _check_logits(
-    implementation: str, logits_NPV: Tensor, reference_NPV: Tensor, decided_NP: Tensor, precision: str
-) -> Check:
+def _largest(difference_NPV: Tensor, decided_NP: Tensor) -> float:
+    """Largest absolute value where positions can be compared; NaN when none can."""
+    compared = difference_NPV[decided_NP].abs()
+    return compared.max().item() if compared.numel() else math.nan
+
+
+def _check_logits(implementation: str, largest: float, limit: float, decided_NP: Tensor, precision: str) -> Check:
     if not decided_NP.any():
         return Check(f"logits, {implementation}", False, "every router is undecided from the first position on")
-    largest = (logits_NPV - reference_NPV)[decided_NP].abs().max().item()
-    limit = TOLERANCE * max(1.0, reference_NPV.abs().max().item())
     versus = "" if precision == "fp32" else f", weights of both rounded to {precision}"
     ties = int((~decided_NP).sum())
     left_out = f", {ties} of {decided_NP.numel()} positions left out after ties between experts" if ties else ""
@@ -231,15 +237,14 @@ def _check_logits(
     return Check(f"logits, {implementation}", largest <= limit, detail)
 
 
-def _note_rounding(logits_NPV: Tensor, exact_NPV: Tensor, precision: str) -> Check:
-    largest = (logits_NPV - exact_NPV).abs().max().item()
-    agree = (logits_NPV.argmax(-1) == exact_NPV.argmax(-1)).float().mean().item()
-    return Check(f"rounding to {precision}", None, f"top-1 agreement {agree:.2%}, max |diff| {largest:.1e}")
+def _rounding(logits_NPV: Tensor, exact_NPV: Tensor) -> Rounding:
+    same_NP = logits_NPV.argmax(-1) == exact_NPV.argmax(-1)
+    return Rounding((logits_NPV - exact_NPV).abs().max().item(), same_NP.float().mean().item())
 
 
-def _check_greedy(greedy: dict[str, list[int]]) -> Check:
-    same = greedy["cached"] == greedy["uncached"]
-    return Check("greedy generation", same, f"{NEW_TOKENS} tokens, cached {'==' if same else '!='} uncached")
+def _note_rounding(rounding: Rounding, precision: str) -> Check:
+    detail = f"top-1 agreement {rounding.top1_agreement:.2%}, max |diff| {rounding.max_logit_difference:.1e}"
+    return Check(f"rounding to {precision}", None, detail)
 
 
 def _check_tokenizer(answers: list[dict], tokenizer: TokenizerFiles) -> Check:

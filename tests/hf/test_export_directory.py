@@ -98,8 +98,8 @@ def test_without_a_tokenizer_the_ids_come_from_the_run(tmp_path):
 
 def test_the_files_of_an_export(tiny, tmp_path):
     directory = export_tiny(tiny, tmp_path / "model", command="megatron-ds export-hf --load x")
-    names = {"README.md", "config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json",
-             "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    names = {"README.md", "config.json", "export_report.json", "generation_config.json", "model.safetensors",
+             "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
     assert {path.name for path in directory.iterdir()} == names
     generation = GenerationConfig.from_pretrained(directory)
     assert (generation.bos_token_id, generation.eos_token_id) == (0, 0)
