@@ -24,5 +24,5 @@ def run(args: argparse.Namespace) -> int:
     print(f"imported {imported.model_type} with {imported.parameters:,} weights to {imported.path}")
     for note in imported.notes:
         print(f"note: {note}")
-    print(f"train on: pretrain.py --load {args.output} --finetune, with the model section of its config.json")
+    print(f"begin a run with it: pretrain.py --load {args.output} --finetune, and the model section of its config")
     return 0

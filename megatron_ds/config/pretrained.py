@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ds.config.problems import Problem
-from megatron_ds.config.tree import OURS, TAG, Path, Tree, dotted, flatten, full_path, lookup, overlap, remove
+from megatron_ds.config.tree import OURS, TAG, Path, Tree, flatten, full_path, lookup, remove
 from megatron_ds.config.values import show
 
 LOAD = (OURS, "checkpoint", "load")
@@ -52,23 +52,17 @@ class Pretrained:
 
     def contradictions(self) -> Iterator[Problem]:
         """One problem for every setting of the user that the weights do not allow."""
-        held = flatten(self.tree)
-        for path, value in flatten(self.user).items():
-            if any(overlap(path, free) for free in ADJUSTABLE):
-                continue
-            if path in held:
-                wrong, has = value is not None and value != held[path], show(held[path])
-            else:
-                wrong, has = self._contradicts_whole(path, value)
-            if wrong:
-                yield Problem(path, value, f"the weights are of a model with {has} ({self.origin})", "leave it out")
-
-    def _contradicts_whole(self, path: Path, value: Any) -> tuple[bool, str]:
-        """Whether experts are asked for where there are none, or none where there are; and what there is."""
-        has_experts = lookup(self.tree, MOE) is not None
-        if path == MOE:
-            return has_experts and value is None, dotted(MOE)
-        return not has_experts and overlap(path, MOE), "no experts"
+        given, held = flatten(self.user), flatten(self.tree)
+        found = {path: show(held[path]) for path, value in given.items() if value not in (None, held.get(path, value))}
+        has_experts, asked = lookup(self.tree, MOE) is not None, lookup(self.user, MOE)
+        if asked is not None and not has_experts:
+            found[MOE] = "no experts"
+        if asked is None and has_experts and MOE in given:
+            found[MOE] = "experts"
+        for path, has in found.items():
+            if not any(path[: len(free)] == free for free in ADJUSTABLE):
+                rule = f"the weights are of a model with {has} ({self.origin})"
+                yield Problem(path, lookup(self.user, path), rule, "leave it out")
 
     def below(self) -> Tree:
         """The settings, without those that go with another way of extending the context than the user's."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_ds.checkpoint.pieces import Box, sizes, volume
 from megatron_ds.errors import CheckpointError
+from megatron_ds.hf.pickles import read_pickled_tensors
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 """The weights in one file; split ones have an index of that name with ``.index.json``."""
@@ -228,8 +229,6 @@ def _pickled(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one pickle; CheckpointError also when it is one of several parts of a model."""
     if path.name == DEEPSPEED and path.with_name(DEEPSPEED_NEXT).exists():
         raise CheckpointError(f"{path}: holds one tensor-parallel part of the model; export it whole to Hugging Face")
-    from megatron_ds.hf.pickles import read_pickled_tensors
-
     tensors = read_pickled_tensors(path)
     other = [f"{name} is {value.dtype}" for name, value in tensors.items() if value.dtype not in DTYPES.values()]
     if other:

@@ -389,3 +389,60 @@ def test_damaged_files(changed, llama):
     )
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is I64; only F32, BF16, F16, F8_E4M3 can be read"):
         open_hugging_face(changed)
+
+
+# --- pickles --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pickled(changed):
+    """The llama's directory without its safetensors, and its weights."""
+    weights = load_file(changed / "model.safetensors")
+    (changed / "model.safetensors").unlink()
+    return changed, weights
+
+
+@pytest.mark.parametrize(
+    ("name", "wrap"),
+    [
+        ("pytorch_model.bin", lambda weights: weights),
+        ("mp_rank_00_model_states.pt", lambda weights: {"module": weights, "dp_world_size": 1, "ds_version": "0.19"}),
+        ("consolidated.pth", lambda weights: weights),
+    ],
+)
+def test_one_pickle(pickled, llama, name, wrap):
+    directory, weights = pickled
+    torch.save(wrap(weights), directory / name)
+    assert same(imported(directory), imported(llama[0]))
+
+
+def test_sharded_pickles(pickled, llama):
+    directory, weights = pickled
+    places = {name: f"pytorch_model-{number % 2}.bin" for number, name in enumerate(weights)}
+    for file in set(places.values()):
+        torch.save({name: weights[name] for name in weights if places[name] == file}, directory / file)
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    assert same(imported(directory), imported(llama[0]))
+
+
+def test_parts_of_tensor_ranks_are_refused(pickled):
+    directory, weights = pickled
+    for rank in range(2):
+        torch.save({"module": weights}, directory / f"mp_rank_0{rank}_model_states.pt")
+    with pytest.raises(CheckpointError, match="holds one tensor-parallel part of the model"):
+        open_hugging_face(directory)
+
+
+def test_no_guess_among_several_pickles(pickled):
+    directory, weights = pickled
+    for name in ("a.pt", "b.pt"):
+        torch.save(weights, directory / name)
+    with pytest.raises(CheckpointError, match=r"has several files of weights \(a\.pt; b\.pt\)"):
+        open_hugging_face(directory)
+
+
+def test_number_formats_of_pickles(pickled):
+    directory, weights = pickled
+    torch.save(weights | {"model.norm.weight": torch.ones(48, dtype=torch.float64)}, directory / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is torch\.float64; only F32"):
+        open_hugging_face(directory)
