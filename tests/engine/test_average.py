@@ -1,4 +1,4 @@
-"""The running mean of the weights against a slow loop over whole tensors, across saving, loading and layouts."""
+"""The running mean of the weights against a slow loop over whole tensors; ``test_reshard.py`` moves it elsewhere."""
 
 import pytest
 import torch
@@ -38,22 +38,19 @@ def save_each(groups, options, directory, steps):
             average.update()
 
 
-def resave(groups, options, source, directory, whole):
-    """Load everything, or the weights alone, and save again."""
+def resave(groups, options, source, directory):
+    """Load the weights alone, and save again."""
     from pathlib import Path
 
     from megatron_ds.checkpoint.store import CheckpointStore, open_checkpoint
     from megatron_ds.engine.average import WeightAverage
-    from megatron_ds.engine.state import counters, fragments, restore, restore_weights
+    from megatron_ds.engine.state import counters, fragments, restore_weights
 
     _, engine, weights = build(groups, options)
     average = WeightAverage(engine, weights, DECAY)
     checkpoint = open_checkpoint(Path(source), peers=groups)
-    if whole:
-        restore(engine, weights, checkpoint, checkpoint.trainer["engine"], average)
-    else:
-        restore_weights(engine, weights, checkpoint)
-        average.reset()
+    restore_weights(engine, weights, checkpoint)
+    average.reset()
     trainer = {"engine": counters(engine)}
     store = CheckpointStore(Path(directory), groups)
     store.save(0, fragments(engine, weights, average), rank_state={}, trainer=trainer, config={})
@@ -86,20 +83,16 @@ def test_the_mean_equals_a_loop_over_the_weights(tmp_path, size, options):
     assert any(not torch.equal(saved[name], weights[name]) for name in saved)
 
 
-def test_other_layouts_restore_the_same_bits_and_exports_can_read_them(tmp_path):
+def test_exports_read_the_mean_and_a_run_that_takes_the_weights_alone_begins_with_them(tmp_path):
     from megatron_ds.checkpoint.store import open_checkpoint
     from megatron_ds.errors import CheckpointError
 
     call(save_each, 2, {"stage": 1, "pp": 2}, str(tmp_path / "a"), 2)
     before = read(tmp_path / "a", "ema")
-    for number, (size, options) in enumerate([(1, {"stage": 0}), (2, {"stage": 1, "tp": 2}), (2, {"stage": 3})]):
-        call(resave, size, options, str(tmp_path / "a"), str(tmp_path / f"b{number}"), True)
-        after = read(tmp_path / f"b{number}", "ema")
-        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     averaged = open_checkpoint(tmp_path / "a").averaged()
     assert averaged.shapes() == open_checkpoint(tmp_path / "a").shapes()
     assert all(torch.equal(averaged.read(name), value) for name, value in before.items())
-    call(resave, 1, {"stage": 0}, str(tmp_path / "a"), str(tmp_path / "fresh"), False)
+    call(resave, 1, {"stage": 0}, str(tmp_path / "a"), str(tmp_path / "fresh"))
     weights, fresh = read(tmp_path / "a", "weight"), read(tmp_path / "fresh", "ema")
     assert all(torch.equal(weights[name], value) for name, value in fresh.items()), "begins with the weights alone"
     with pytest.raises(CheckpointError, match=r"exp_avg of embedding\.weight; it has weight, ema"):

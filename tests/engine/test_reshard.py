@@ -17,15 +17,20 @@ tries arbitrary cuts. A layout that put a value in a wrong place and took it out
 not the loss. ``-m parity`` runs the pairs themselves.
 """
 
+import json
 from functools import cache
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from runs import ledger
 from safetensors import safe_open
 from tiny import parallel
+
+from megatron_ds.data.indexed import IndexedDatasetBuilder
 
 DENSE = {"model": {"attention": {"kind": "soft_gate", "window": 5}, "hidden_size": 34, "kv_channels": 8}}
 SPARSE = {
@@ -56,7 +61,7 @@ MODELS = {
     "v1": DENSE, "v2": SPARSE, "v3": LATENT,
     "rmsprop": DENSE | {"optimizer": "rmsprop"}, "attention dropout": ATTENTION_DROPOUT,
 }  # fmt: skip
-"""What each generation has that can be saved; every one of them under every axis."""
+"""What each generation has that can be saved, then an optimizer and a kind of dropout that differ from the rest."""
 
 ONE = {"stage": 0}
 UNEVEN = {"pp": 4, "schedule": "interleaved", "layout": [1, 1, 0, 0, 0, 0, 1, 1]}
@@ -274,3 +279,81 @@ def test_the_state_moves(chains, name, number):
 @pytest.mark.parametrize(("name", "number", "other"), PAIRS)
 def test_every_pair(chains, tmp_path, name, number, other):
     chains[name].check_pair(number, other, tmp_path)
+
+
+# --- schedules ------------------------------------------------------------------------------------------------------
+
+GROWING = {
+    "train_batch_size": 12, "train_micro_batch_size_per_gpu": 1,
+    "optimizer": {"params": {"lr": 3e-3}},
+    "megatron_ds": {
+        "generation": "v2",
+        "model": {
+            "num_layers": 3, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "seq_length": 24,
+            "vocab_size": 61, "make_vocab_size_divisible_by": 16, "hidden_dropout": 0.1, "mtp_num_layers": 1,
+        },
+        "moe": {
+            "num_experts": 4, "moe_ffn_hidden_size": 16, "moe_layer_freq": [0, 1, 1],
+            "moe_router_bias_update_rate": "0:0.01 700:0.003",
+        },
+        "training": {
+            "train_samples": 80, "rampup_batch_size": [4, 4, 24], "lr_warmup_samples": 8, "eval_interval": None,
+            "lr_phases": ["700:constant", "1500:cosine:1e-3"], "mtp_loss_scaling_factor": "0:0.3 700:0.1",
+            "eval_iters": 1, "ema_decay": 0.75, "exit_interval": 9,
+        },
+        "monitor": {"run_name": "growing"},
+        "data": {"eod_id": 0, "split": "90,10,0"},
+    },
+}  # fmt: skip
+"""Batch, learning rate, MTP weight and bias rate all change on the way: after steps 3 and 5, or so many tokens."""
+CONDITIONS = ("optim/lr", "train/batch_size", "progress/samples", "progress/tokens")
+
+
+def train(groups, directory, arguments):
+    """Start the run in ``directory`` as ``pretrain.py`` does, on these ranks."""
+    from megatron_ds.config.load import load_config
+    from megatron_ds.train import loop
+    from megatron_ds.train.build import build_run
+
+    places = ("--run-dir", f"{directory}/runs", "--data-path", f"{directory}/corpus")
+    argv = ["--deepspeed_config", f"{directory}/growing.json", *places, *arguments]
+    with build_run(load_config(argv, world_size=groups.world_size), groups) as run:
+        loop.train(run)
+
+
+@pytest.fixture
+def growing(tmp_path):
+    """A directory with a configuration and a corpus."""
+    generator = np.random.default_rng(0)
+    with IndexedDatasetBuilder(tmp_path / "corpus", np.uint16) as corpus:
+        for _ in range(300):
+            corpus.add_document(np.append(generator.integers(1, 61, generator.integers(5, 40)), 0))
+        corpus.finalize()
+    (tmp_path / "growing.json").write_text(json.dumps(GROWING))
+    return tmp_path
+
+
+def test_schedules_go_on_where_the_samples_are(growing):
+    """A run that is stopped twice in its middle, each time to go on with other data ranks, equals the straight one."""
+    run_ranks(train, 1, str(growing), ("--run-name", "straight"))
+    for size, axes, last in ((2, {"ep": 2}, 3), (4, {"ep": 2}, 5), (2, {"pp": 2}, 9)):
+        arguments = ["--exit-interval", str(last), "--zero-stage", "1"]
+        arguments += ["--expert-model-parallel-size", str(axes.get("ep", 1))]
+        arguments += ["--pipeline-model-parallel-size", str(axes.get("pp", 1))]
+        run_ranks(train, size, str(growing), arguments, parallel=parallel(**axes))
+        assert len(ledger(growing, "growing")) == last
+    straight, ours = ledger(growing, "straight"), ledger(growing, "growing")
+    assert [row["train/batch_size"] for row in straight] == [4, 4, 4, 8, 8, 12, 12, 12, 12]
+    assert len({row["optim/lr"] for row in straight}) == 6, "the rate must change on the way"
+    for name in CONDITIONS:
+        assert [row[name] for row in ours] == [row[name] for row in straight]
+    for name in ("train/loss", "train/mtp_loss"):
+        assert [row[name] for row in ours] == pytest.approx([row[name] for row in straight], rel=1e-6, abs=0)
+    (whole, counters), (moved, our_counters) = (
+        contents(growing / "runs" / name / "checkpoints" / "global_step9") for name in ("straight", "growing")
+    )
+    assert moved.keys() == whole.keys() and our_counters == counters
+    biases = [key for key in whole if key[0].endswith("router.bias")]
+    assert len(biases) == 3 and all(torch.equal(moved[key], whole[key]) for key in biases)
+    for key, tensor in whole.items():
+        torch.testing.assert_close(moved[key], tensor, rtol=1e-4, atol=1e-5 * tensor.abs().max().item())
