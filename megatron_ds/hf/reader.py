@@ -45,7 +45,7 @@ MEAN_LOAD = 1.0
 """What training takes for the load of an expert before the first step."""
 
 UNTIE = (
-    "the model has one weight for both: untie them with tie_word_embeddings false in config.json, or for a run with "
+    "untie them with tie_word_embeddings false in config.json, or for a run with "
     "model.untie_embeddings_and_output_weights true"
 )
 
@@ -99,8 +99,8 @@ class HuggingFaceModel:
         """Blocks of multi-token prediction: layers behind the last one, in a family that has them."""
         if self.sections.target.mtp is None:
             return 0
-        layers = [int(match[1]) for match in map(LAYER.match, self.stored) if match]
-        return max(0, max(layers, default=-1) + 1 - self.sections.model.num_layers)
+        layers = {int(match[1]) for match in map(LAYER.match, self.stored) if match}
+        return sum(layer >= self.sections.model.num_layers for layer in layers)
 
     def _place(self) -> None:
         """Sort what an export of this model would write by the tensor of ours that it is a part of."""
@@ -216,7 +216,9 @@ class HuggingFaceWeights:
             view.copy_(self._directory.read(entry, part))
         for entry, view, part in self._overlaps(self._copies, name, box, values):
             if not torch.equal(view, self._directory.read(entry, part)):
-                raise CheckpointError(f"{self.path}: {entry.name} differs from {self._entries[name][0].name}; {UNTIE}")
+                fix = UNTIE if entry.name == NAMES[OUTPUT] else "leave the blocks out with model.mtp_num_layers 0"
+                pair = f"{entry.name} differs from {self._entries[name][0].name}"
+                raise CheckpointError(f"{self.path}: {pair}, and the model has one weight for both; {fix}")
         return values
 
     @staticmethod

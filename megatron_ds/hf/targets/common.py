@@ -83,7 +83,7 @@ class Target:
     """config.json for (model, its experts, special ids, dtype name such as "bfloat16")."""
     engines: str
     """Which inference engines run it natively, for the model card."""
-    parse: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    parse: Callable[[dict[str, Any]], dict[str, Any]]
     """The inverse: the sections "model" and, with experts, "moe" of our configuration for the content of a config.json
     of either spelling. Raises ConfigError, naming the key, for what our model cannot express."""
     layer_names: Mapping[str, str | tuple[str, ...]] = field(default_factory=lambda: LAYER_NAMES)
@@ -254,8 +254,8 @@ def parse_llama(config: dict[str, Any]) -> dict[str, Any]:
     """The keys of a model section that all families share, for the content of a config.json of either spelling.
 
     Its defaults are Llama's; a family with others puts them below: ``parse_llama({"rope_theta": 1e6} | config)``.
-    Attention, query and key norm and the rotary pairs are for the family to add. Raises ConfigError naming the key that
-    is missing, or that asks for what our model has not.
+    Attention, query and key norm, the rotary pairs and biases that it always has are for the family to add. Raises
+    ConfigError naming the key that is missing, or that asks for what our model has not.
     """
     require(config, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
     heads = needed(config, "num_attention_heads")
@@ -265,6 +265,7 @@ def parse_llama(config: dict[str, Any]) -> dict[str, Any]:
         "ffn_hidden_size": needed(config, "intermediate_size"),
         "num_attention_heads": heads,
         "num_query_groups": given(config, "num_key_value_heads", heads),
+        "add_qkv_bias": False,
         "kv_channels": given(config, "head_dim", needed(config, "hidden_size") // heads),
         "max_position_embeddings": needed(config, "max_position_embeddings"),
         "vocab_size": needed(config, "vocab_size"),
