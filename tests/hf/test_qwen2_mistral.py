@@ -8,6 +8,8 @@ import json
 
 import pytest
 import torch
+from importing import difference, imported, save_stock
+from reexporting import reexport, same_bytes, tensors_of
 from safetensors.torch import load_file
 from tiny_checkpoint import (
     FULL,
@@ -242,3 +244,29 @@ def test_keys_that_are_not_there_have_the_familys_defaults(family, stock):
 def test_what_our_model_has_not_is_refused_by_name(family, change, message):
     with pytest.raises(ConfigError, match=message):
         TARGETS[family].parse(written(family) | change)
+
+
+# --- models that transformers made ----------------------------------------------------------------------------------
+
+SLIDES = {"sliding_window": WINDOW + 1}
+TIED = {"tie_word_embeddings": True}
+STOCK = {
+    "qwen2, two layers slide": ("qwen2", SLIDES | {"head_dim": 12, "use_sliding_window": True, "max_window_layers": 2}),
+    "qwen2, full, tied": ("qwen2", TIED | {"head_dim": 12, "num_key_value_heads": 1, "rope_theta": 1e6}),
+    "mistral, window": ("mistral", SLIDES | {"head_dim": 10}),
+    "mistral, full, tied": ("mistral", TIED | {"hidden_size": 50, "sliding_window": None}),
+}
+
+
+@pytest.mark.parametrize(("family", "settings"), STOCK.values(), ids=STOCK)
+def test_a_stock_model_is_imported_and_comes_back(tmp_path, family, settings):
+    """Logits beyond the window, in either order of a head's channels, biases included; and every bit of the file."""
+    stock = save_stock(tmp_path / "stock", family, **settings)
+    for interleaved in (False, True):
+        decoder = imported(tmp_path / "stock", rotary_interleaved=interleaved)
+        assert difference(stock, decoder, random_tokens()) <= TOLERANCE
+    back = reexport(tmp_path / "stock", tmp_path / "first")
+    assert same_bytes(tensors_of(tmp_path / "stock"), tensors_of(back))
+    again = reexport(back, tmp_path / "second")
+    for name in ("model.safetensors", "config.json"):
+        assert (again / name).read_bytes() == (back / name).read_bytes()
