@@ -1,16 +1,17 @@
 """The manifest: which files make a checkpoint, with the size and the SHA-256 of each.
 
-A checkpoint is whole when its directory holds exactly the files that ``manifest.json`` lists, byte for byte. The
-manifest guards itself: its bytes are a function of its content, digest included, so reading it means writing it again
-and comparing. Names are checked before anything is opened, and nothing follows a symbolic link. Nothing here knows
-tensors or ranks.
+A checkpoint is whole when its directory holds exactly the files that ``manifest.json`` lists, byte for byte, and no
+folder without any; permissions and times are not part of it, since copying changes them. The manifest guards itself:
+its bytes are a function of its content, digest included, so reading it means writing it again and comparing. Names are
+checked before anything is opened, only regular files are, and nothing follows a symbolic link inside. Nothing here
+knows tensors or ranks.
 """
 
 import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -65,9 +66,11 @@ class Manifest(BaseModel):
     def read(cls, directory: Path) -> "Manifest":
         """Read ``manifest.json``; CheckpointError when it is missing or not, byte for byte, as it was written."""
         path = directory / MANIFEST
-        if path.is_symlink():
-            raise CheckpointError(f"{MANIFEST}: symbolic links are refused")
         try:
+            mode = path.lstat().st_mode
+            if not stat.S_ISREG(mode):
+                what = "symbolic links are refused" if stat.S_ISLNK(mode) else "is not a regular file"
+                raise CheckpointError(f"{MANIFEST}: {what}")
             written = path.read_bytes()
             content = json.loads(written)
             if isinstance(content, dict):
@@ -104,17 +107,19 @@ class Manifest(BaseModel):
         return lines
 
     def strangers(self, directory: Path) -> list[str]:
-        """One line per file or link in ``directory`` that the manifest does not list."""
+        """One line per file, link or folder in ``directory`` that the manifest does not list."""
+        listed = {MANIFEST, *self.files, *(f"{folder}/" for name in self.files for folder in _folders(name))}
         lines = []
-        for name in list_names(directory):
-            if name not in self.files and name != MANIFEST:
-                link = (directory / name).is_symlink()
-                lines.append(f"{name}: {'is a symbolic link' if link else 'not in the manifest'}")
+        for name in sorted(set(_walk(directory)) - listed):
+            link = (directory / name).is_symlink()
+            lines.append(f"{name}: {'is a symbolic link' if link else 'not in the manifest'}")
         return lines
 
     def _problem(self, directory: Path, name: str, hashes: bool) -> str | None:
         entry, path = self.files[name], directory / name
         try:
+            if any((directory / folder).is_symlink() for folder in _folders(name)):
+                return "lies behind a symbolic link"
             status = path.lstat()
             if not stat.S_ISREG(status.st_mode):
                 return "is not a regular file"
@@ -161,13 +166,22 @@ def sync_directory(directory: Path) -> None:
 
 def list_names(directory: Path) -> list[str]:
     """Names of all files and links below a directory, relative to it; links are listed, never followed."""
-    names = []
+    return sorted(name for name in _walk(directory) if not name.endswith("/"))
+
+
+def _walk(directory: Path, prefix: str = "") -> Iterator[str]:
+    """Names of everything below a directory, those of folders with "/" at the end; links are not followed."""
     for entry in os.scandir(directory):
         if entry.is_dir(follow_symlinks=False):
-            names += [f"{entry.name}/{name}" for name in list_names(directory / entry.name)]
+            yield f"{prefix}{entry.name}/"
+            yield from _walk(directory / entry.name, f"{prefix}{entry.name}/")
         else:
-            names.append(entry.name)
-    return sorted(names)
+            yield f"{prefix}{entry.name}"
+
+
+def _folders(name: str) -> list[str]:
+    """The folders that a listed name lies in, the innermost first."""
+    return [str(folder) for folder in PurePosixPath(name).parents][:-1]
 
 
 def _canonical(content: dict) -> bytes:

@@ -149,7 +149,7 @@ def _only_pickle(path: Path) -> bytes:
             raise ValueError("the archive has more than one root")
         pickles = [entry for entry in entries if entry.filename.lower().endswith(".pkl")]
         if [entry.filename.partition("/")[2] for entry in pickles] != ["data.pkl"]:
-            raise ValueError(f"the archive has {len(pickles)} pickles besides data, or none of that name")
+            raise ValueError("the archive has not one pickle, named data.pkl")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("entries of the archive are compressed")
         return archive.read(pickles[0])
