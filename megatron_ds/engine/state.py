@@ -218,11 +218,11 @@ def _require_state(
     """CheckpointError unless the checkpoint has just what the optimizer keeps, of every weight that this rank needs."""
     scalars = set(saved["optimizer"]) if saved else set()
     for slot in slots(engine, weights):
-        held = (set(checkpoint.kinds(slot.name)) | scalars) - {"weight", MEAN}
-        if held != set(kept):
-            held_words = f"{', '.join(sorted(held))} of {slot.name}" if held else f"no optimizer state of {slot.name}"
+        states = set(checkpoint.kinds(slot.name)) - {"weight", MEAN}
+        if states | scalars != set(kept):
+            held = ", ".join(sorted(states | scalars)) if states else "no optimizer state"
             raise CheckpointError(
-                f"{checkpoint.path}: holds {held_words}, but {type(_inner(engine)).__name__} continues from "
+                f"{checkpoint.path}: holds {held} of {slot.name}, but {type(_inner(engine)).__name__} continues from "
                 f"{', '.join(sorted(kept)) or 'nothing'}; give the optimizer that wrote it, or begin a new run with "
                 f"its weights alone (--finetune)"
             )
@@ -244,25 +244,25 @@ def changed_on_load(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     data = config.train_batch_size // micro // config.gradient_accumulation_steps
     ranks, old_ranks = data * tensor * ours.parallel.pipeline_model_parallel_size, checkpoint.manifest.world_size
     old_tensor = old["megatron_ds"]["parallel"]["tensor_model_parallel_size"]
+    sequences = f"{_count(micro, 'sequence')} instead of {old_micro}"
     draws = model.hidden_dropout or model.attention_dropout or (moe and moe.moe_input_jitter_eps)
-    micro_words = f"a micro-batch had {old_micro} sequence{'s' * (old_micro > 1)} and now has {micro}"
     lines = []
     if draws and ranks > old_ranks:
-        new = f"ranks {old_ranks}-{ranks - 1}" if ranks - old_ranks > 1 else f"rank {old_ranks}"
-        lines.append(
-            f"random streams start anew for {new}: the checkpoint was written by {old_ranks} "
-            f"rank{'s' * (old_ranks > 1)}"
-        )
+        new = f"rank {old_ranks}" if ranks == old_ranks + 1 else f"ranks {old_ranks}-{ranks - 1}"
+        wrote = _count(old_ranks, "rank")
+        lines.append(f"random streams start anew for {new}: the checkpoint was written by {wrote}")
     if draws and micro != old_micro:
-        lines.append(f"dropout masks are others, as they are drawn per micro-batch: {micro_words}")
+        lines.append(f"dropout masks are others: they are drawn per micro-batch, of {sequences}")
     if model.attention_dropout and tensor != old_tensor:
-        lines.append(
-            f"masks of attention dropout are others, as tensor-parallel ranks draw their own: there were {old_tensor} "
-            f"and now are {tensor}"
-        )
+        here = f"{_count(tensor, 'tensor-parallel rank')} instead of {old_tensor}"
+        lines.append(f"masks of attention dropout are others: they are drawn by each of {here}")
     if moe and micro != old_micro and (moe.moe_aux_loss_coeff or not isinstance(moe.capacity, Dropless)):
-        lines.append(f"experts are balanced over other tokens, as it is done per micro-batch: {micro_words}")
+        lines.append(f"experts are balanced over other tokens: those of a micro-batch, of {sequences}")
     return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _inner(engine: DeepSpeedEngine) -> torch.optim.Optimizer:

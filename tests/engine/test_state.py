@@ -60,7 +60,7 @@ def all_but_one(name, kind):
 @pytest.mark.parametrize(
     ("kept", "counted", "words"),
     [
-        (weights_alone, True, "holds step of embedding.weight, but AdamW continues from exp_avg, exp_avg_sq, step"),
+        (weights_alone, True, "holds no optimizer state of embedding.weight, but AdamW continues from exp_avg, "),
         (weights_alone, False, "holds no optimizer state of embedding.weight, but AdamW continues from exp_avg, "),
         (everything, False, "holds exp_avg, exp_avg_sq of embedding.weight, but AdamW continues from exp_avg, "),
         (one_moment, True, "holds exp_avg, step of embedding.weight, but AdamW continues from exp_avg, exp_avg_sq, "),
@@ -88,11 +88,9 @@ CAPACITY = {"moe": EXPERTS["moe"] | {"capacity": {"kind": "dynamic"}}}
 SWITCH = {"moe": EXPERTS["moe"] | {"moe_aux_loss_coeff": 0.01}}
 ATTENTION = {"model": {"attention_dropout": 0.1}}
 STREAMS = "random streams start anew for ranks 2-3: the checkpoint was written by 2 ranks"
-MASKS = "dropout masks are others, as they are drawn per micro-batch: a micro-batch had 2 sequences and now has 1"
-HEADS = "masks of attention dropout are others, as tensor-parallel ranks draw their own: there were 1 and now are 2"
-TOKENS = (
-    "experts are balanced over other tokens, as it is done per micro-batch: a micro-batch had 2 sequences and now has 1"
-)
+MASKS = "dropout masks are others: they are drawn per micro-batch, of 1 sequence instead of 2"
+HEADS = "masks of attention dropout are others: they are drawn by each of 2 tensor-parallel ranks instead of 1"
+TOKENS = "experts are balanced over other tokens: those of a micro-batch, of 1 sequence instead of 2"
 
 
 @pytest.mark.parametrize(
