@@ -19,6 +19,7 @@ SUBCOMMANDS: dict[str, str] = {
     "schedule": "megatron_ds.cli.schedule",
     "plan": "megatron_ds.cli.plan",
     "experts": "megatron_ds.cli.experts",
+    "checkpoint": "megatron_ds.cli.checkpoint",
     "import-hf": "megatron_ds.cli.import_hf",
     "export-hf": "megatron_ds.cli.export_hf",
     "generate": "megatron_ds.cli.generate",
