@@ -42,8 +42,26 @@ class FileEntry(BaseModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class NodePart(BaseModel):
+    """Which part of a checkpoint a directory holds when every node keeps its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    save: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    """Drawn for each save, the same in all its parts."""
+    sequence: Annotated[int, Field(gt=0)]
+    """How many saves there were before it, and one; the same in all its parts."""
+    node: Annotated[int, Field(ge=0)]
+    """Index of the node that wrote this part."""
+    nodes: Annotated[int, Field(gt=0)]
+    """How many parts there are."""
+
+
 class Manifest(BaseModel):
-    """What a checkpoint consists of. ``files`` maps plain names to entries; ``world_size`` ranks wrote them."""
+    """What a checkpoint, or a node's part of one, consists of.
+
+    ``files`` maps plain names to entries; ``world_size`` ranks wrote them, those of other parts included.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,15 +70,16 @@ class Manifest(BaseModel):
     step: Annotated[int, Field(ge=0)]
     world_size: Annotated[int, Field(gt=0)]
     files: dict[Annotated[str, AfterValidator(plain_name)], FileEntry]
+    part: NodePart | None = None
 
     @property
     def sha256(self) -> str:
         """Digest of everything the manifest says."""
-        return hashlib.sha256(_canonical(self.model_dump())).hexdigest()
+        return hashlib.sha256(_canonical(self._content())).hexdigest()
 
     def encode(self) -> bytes:
         """The only bytes that a manifest of this content can have."""
-        return _canonical({**self.model_dump(), "sha256": self.sha256})
+        return _canonical({**self._content(), "sha256": self.sha256})
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
@@ -114,6 +133,9 @@ class Manifest(BaseModel):
             link = (directory / name).is_symlink()
             lines.append(f"{name}: {'is a symbolic link' if link else 'not in the manifest'}")
         return lines
+
+    def _content(self) -> dict:
+        return self.model_dump(exclude_none=True)  # a manifest that names no part is what it was without such a field
 
     def _problem(self, directory: Path, name: str, hashes: bool) -> str | None:
         entry, path = self.files[name], directory / name

@@ -10,6 +10,7 @@ are intact does not either: ``store`` has settled that before.
 import json
 import mmap
 from collections import defaultdict
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -52,7 +53,7 @@ class WeightSource(Protocol):
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """A piece and where its values are."""
 
     piece: Piece
@@ -63,12 +64,16 @@ class _Stored:
 
 
 class Checkpoint:
-    """One step on disk. ``rejected`` names, with the reason, the checkpoints that were passed over to find it."""
+    """One step on disk. ``rejected`` names, with the reason, the checkpoints that were passed over to find it.
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    ``described`` is what the headers of all shards say, where somebody has read them already.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, described: Iterable[Stored] | None = None) -> None:
         self.path = path
         self.manifest = manifest
         self.rejected: list[str] = []
+        self._described = described
 
     @property
     def step(self) -> int:
@@ -118,6 +123,12 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: {missing} of {length} wanted elements of {kind} of {name} are missing")
         return values
 
+    def overlapping(self, name: str, kind: str, box: Box, start: int, length: int) -> set[str]:
+        """The files that ``read_range`` would touch, from the headers alone; raises what that raises."""
+        stored = self._stored(name, kind)
+        want = Piece(name, kind, stored[0].piece.shape, box, start, length)
+        return {one.file for one in stored if _may_overlap(want, one.piece)}
+
     def averaged(self) -> "Checkpoint":
         """The same with the running mean of every weight that has one in place of the weight.
 
@@ -150,17 +161,18 @@ class Checkpoint:
                     f"{self.path}: {prod(shape) - held} of {prod(shape)} elements of {kind} of {name} are missing"
                 )
 
+    def describe(self, files: Iterable[str]) -> list[Stored]:
+        """What the headers of the shards among ``files`` say that they hold; CheckpointError if one is unreadable."""
+        return [stored for file in sorted(files) if file.startswith("shard_") for stored in self._pieces(file)]
+
     @cached_property
-    def _index(self) -> dict[tuple[str, str], list[_Stored]]:
+    def _index(self) -> dict[tuple[str, str], list[Stored]]:
         index = defaultdict(list)
-        for file in sorted(self.manifest.files):
-            if not file.startswith("shard_"):
-                continue
-            for stored in self._pieces(file):
-                index[stored.piece.name, stored.piece.kind].append(stored)
+        for stored in self.describe(self.manifest.files) if self._described is None else self._described:
+            index[stored.piece.name, stored.piece.kind].append(stored)
         return dict(index)
 
-    def _pieces(self, file: str) -> list[_Stored]:
+    def _pieces(self, file: str) -> list[Stored]:
         """What a shard's header says that it holds."""
         with self._open(file) as shard:
             try:
@@ -173,16 +185,16 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path / file}: unreadable piece descriptions ({error})") from error
         if not fits:
             raise CheckpointError(f"{self.path / file}: a piece description has another length than its tensor")
-        return [_Stored(piece, file, offsets[key], dtypes[key]) for key, piece in pieces.items()]
+        return [Stored(piece, file, offsets[key], dtypes[key]) for key, piece in pieces.items()]
 
-    def _stored(self, name: str, kind: str) -> list[_Stored]:
+    def _stored(self, name: str, kind: str) -> list[Stored]:
         if (name, kind) not in self._index:
             known = self.kinds(name)
             hint = f"it has {', '.join(known)}" if known else "no tensor has that name"
             raise CheckpointError(f"{self.path}: no {kind} of {name}; {hint}")
         return self._index[name, kind]
 
-    def _fill(self, values: Tensor, want: Piece, stored: list[_Stored]) -> int:
+    def _fill(self, values: Tensor, want: Piece, stored: list[Stored]) -> int:
         """Copy what the pieces hold of ``want`` into ``values``; how many elements none of them holds."""
         filled = torch.zeros(want.length, dtype=torch.bool)
         for source in stored:
@@ -191,7 +203,7 @@ class Checkpoint:
                 raise CheckpointError(f"{place_of} contradicts another piece of it")
         return want.length - int(torch.count_nonzero(filled))
 
-    def _map(self, stored: _Stored) -> Tensor:
+    def _map(self, stored: Stored) -> Tensor:
         """The piece's values, 1-D: pages are read when they are touched, and given back with the tensor."""
         before = stored.offset % mmap.ALLOCATIONGRANULARITY
         size = before + stored.piece.length * stored.dtype.itemsize

@@ -4,6 +4,7 @@ import itertools
 import os
 import threading
 import traceback
+from types import SimpleNamespace
 
 import torch
 from hypothesis import strategies as st
@@ -14,32 +15,73 @@ DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e
 
 
 class ThreadPeers:
-    """Peers over a barrier: the ranks of one world are threads of this process."""
+    """Peers over barriers: the ranks of one world, on one node or several, are threads of this process."""
 
-    def __init__(self, rank, world_size, barrier, slots):
-        self.rank, self.world_size, self._barrier, self._slots = rank, world_size, barrier, slots
+    def __init__(self, rank, nodes, world):
+        self.rank, self.nodes, self._world = rank, nodes, world
+        self.world_size = sum(map(len, nodes))
+        self.node = next(node for node, ranks in enumerate(nodes) if rank in ranks)
+        self.node_ranks = nodes[self.node]
 
     def gather_objects(self, value):
-        self._slots[self.rank] = value
-        self._barrier.wait()
-        gathered = list(self._slots)
-        self._barrier.wait()
+        self._world.slots[self.rank] = value
+        self._world.barrier.wait()
+        gathered = list(self._world.slots)
+        self._world.barrier.wait()
         return gathered
 
+    def send(self, byte_N, to):
+        """Returns once it has been received, like gloo's."""
+        link = self._world.link(self.rank, to)
+        link.message = byte_N.clone()
+        link.barrier.wait()
+        link.barrier.wait()
 
-def on_ranks(world_size, work):
-    """``work(peers)`` on every rank at once; what each returned, or raised, in rank order."""
-    barrier, slots, results = threading.Barrier(world_size, timeout=30), [None] * world_size, [None] * world_size
+    def receive(self, size, source):
+        link = self._world.link(source, self.rank)
+        link.barrier.wait()
+        message = link.message
+        assert message.numel() == size, "sizes differ"
+        link.barrier.wait()
+        return message
+
+
+class _World:
+    """Where threads meet: all of them, or two."""
+
+    def __init__(self, size):
+        self.slots, self.barrier = [None] * size, threading.Barrier(size, timeout=30)
+        self._links, self._lock = {}, threading.Lock()
+
+    def link(self, source, target):
+        with self._lock:
+            meeting = SimpleNamespace(message=None, barrier=threading.Barrier(2, timeout=30))
+            return self._links.setdefault((source, target), meeting)
+
+    def abort(self):
+        for barrier in (self.barrier, *(link.barrier for link in self._links.values())):
+            barrier.abort()
+
+
+def on_ranks(world, work):
+    """``work(peers)`` on every rank at once; what each returned, or raised, in rank order.
+
+    ``world``: how many ranks, or how many on each node.
+    """
+    counts = [world] if isinstance(world, int) else world
+    ends = list(itertools.accumulate(counts))
+    nodes = tuple(tuple(range(end - count, end)) for end, count in zip(ends, counts))
+    meeting, results = _World(ends[-1]), [None] * ends[-1]
 
     def run(rank):
         try:
-            results[rank] = work(ThreadPeers(rank, world_size, barrier, slots))
-        except Exception as error:
+            results[rank] = work(ThreadPeers(rank, nodes, meeting))
+        except BaseException as error:
             results[rank] = error
-            if isinstance(error, threading.BrokenBarrierError) or not hasattr(error, "exit_code"):
-                barrier.abort()
+            if not hasattr(error, "exit_code"):
+                meeting.abort()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ends[-1])]
     for thread in threads:
         thread.start()
     for thread in threads:
