@@ -1,9 +1,9 @@
 """Run a function on several gloo ranks, in processes that stay warm between tests.
 
-Importing torch and DeepSpeed costs seconds, so each world size keeps its worker processes for the whole test session.
-A call sends a picklable function and its arguments to every worker, which makes the groups of its layout unless the
-last call had the same, runs it and sends back what it returned. The first failure is raised with the rank's traceback,
-a worker that dies or hangs fails the test and the pool is started anew.
+Importing torch and DeepSpeed costs seconds, so a server does it once and forks all workers, and each world size keeps
+its workers for the whole test session. A call sends a picklable function and its arguments to every worker, which makes
+the groups of its layout unless the last call had the same, runs it and sends back what it returned. The first failure
+is raised with the rank's traceback, a worker that dies or hangs fails the test and the pool is started anew.
 
     def work(groups, x): ...
     results = run_ranks(work, 4, x, parallel={"pipeline_model_parallel_size": 2})
@@ -11,7 +11,9 @@ a worker that dies or hangs fails the test and the pool is started anew.
 
 import atexit
 import contextlib
+import gc
 import os
+import secrets
 import socket
 import time
 import traceback
@@ -19,6 +21,10 @@ import traceback
 import torch.multiprocessing as multiprocessing
 
 _POOLS: dict[int, "Pool"] = {}
+# With it comes all that ranks import, but for dynamo and inductor, which optimizers and engines import when made.
+multiprocessing.set_forkserver_preload(
+    ["torch._dynamo", "torch._inductor.compile_fx", "megatron_ds.train.build", "megatron_ds.train.self_test"]
+)
 
 
 class RankError(AssertionError):
@@ -29,7 +35,7 @@ class Pool:
     """Worker processes of one world size."""
 
     def __init__(self, size: int):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         self.pipes, self.processes, port = [], [], free_port()
         for rank in range(size):
             mine, theirs = context.Pipe()
@@ -90,10 +96,12 @@ def run_ranks(function, size, *arguments, parallel=None, timeout=120):
 
 
 def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that is free now and outside of the range from which sockets get theirs unasked."""
+    while True:
+        port = 12000 + secrets.randbelow(16000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _worker(rank, size, port, pipe):
@@ -107,6 +115,7 @@ def _worker(rank, size, port, pipe):
     from megatron_ds.config.schema import ParallelConfig
     from megatron_ds.parallel.groups import Groups, build_groups, distributed
 
+    gc.freeze()  # modules live as long as the worker: ``_drop_groups`` need not go through their objects
     torch.set_num_threads(1)
     os.environ["MASTER_PORT"] = str(port)
     held: tuple[ParallelConfig, Groups] | None = None
@@ -134,8 +143,6 @@ def _drop_groups(before):
     Engines outlive a test, since their hooks on parameters refer to them from C++ where no collector looks. So what
     could hold a group is emptied.
     """
-    import gc
-
     import torch.distributed as dist
     from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
     from deepspeed.runtime.engine import DeepSpeedEngine
