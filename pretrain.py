@@ -10,10 +10,11 @@ checks that this topology computes what one process computes.
 
 from megatron_ds.config.load import load_config
 from megatron_ds.errors import run_main
+from megatron_ds.hf.sections import run_defaults
 
 
 def main(argv: list[str]) -> None:
-    loaded = load_config(argv, prog="pretrain.py")
+    loaded = load_config(argv, prog="pretrain.py", defaults_in=run_defaults)
 
     # torch and DeepSpeed take seconds to import; a mistake in the configuration should not have to wait for them.
     from megatron_ds.parallel.groups import distributed

@@ -40,6 +40,12 @@ class DivergedError(MegatronError):
     exit_code = 5
 
 
+class PreemptedError(MegatronError):
+    """The job was asked to stop by a signal, and has saved; started again, it goes on."""
+
+    exit_code = 75
+
+
 class SelfTestError(MegatronError):
     """A topology does not compute what one process computes: a fault of ours, or of a library, never to train with."""
 
@@ -53,7 +59,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
     try:
         code = main(sys.argv[1:]) or 0
     except MegatronError as error:
-        if rank == 0 or not isinstance(error, ConfigError):
+        if rank == 0 or not isinstance(error, ConfigError | PreemptedError):
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:

@@ -197,6 +197,9 @@ def _open_step(path: Path, peers: Peers, verify: bool) -> Checkpoint:
         if path.is_symlink():
             raise CheckpointError("symbolic links are refused; give the directory itself")
         manifest = Manifest.read(path)
+        named = STEP_DIRECTORY.fullmatch(path.name)
+        if named and int(named[1]) != manifest.step:
+            raise CheckpointError(f"holds step {manifest.step}; give it its name back")
         share = sorted(manifest.files)[peers.rank :: peers.world_size]
         require_whole(path, manifest, share, hashes=verify, listing=peers.rank == 0)
         return manifest

@@ -21,6 +21,7 @@ from megatron_ds.checkpoint.staging import Staging
 from megatron_ds.checkpoint.store import SaveReport
 from megatron_ds.errors import MegatronError
 
+
 class Store(Protocol):
     """A place for checkpoints; every rank calls it."""
 

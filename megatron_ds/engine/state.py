@@ -19,7 +19,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
-from megatron_ds.checkpoint.reader import MEAN, WeightSource
+from megatron_ds.checkpoint.reader import MEAN, RANK_STATE, WeightSource
 from megatron_ds.checkpoint.store import Checkpoint, Fragment
 from megatron_ds.config.moe_schema import Dropless
 from megatron_ds.config.schema import RunConfig
@@ -197,6 +197,18 @@ def restore(
     engine.global_samples = engine.global_steps * engine.train_batch_size()
     if engine.fp16_enabled():
         vars(engine.optimizer.loss_scaler).update(saved["loss_scaler"])
+
+
+def files_needed(engine: DeepSpeedEngine, weights: dict[str, Tensor], checkpoint: Checkpoint) -> set[str]:
+    """The files of a checkpoint that this rank reads to restore, from its headers alone."""
+    parts = [
+        (slot.name, kind, slot.box, slot.start, slot.length)
+        for slot in slots(engine, weights)
+        for kind in checkpoint.kinds(slot.name)
+    ]
+    parts += [(name, "weight", box_of(buffer), 0, buffer.numel()) for name, buffer in _buffers(weights)]
+    files = {file for part in parts for file in checkpoint.overlapping(*part)}
+    return files | {RANK_STATE.format(rank=engine.groups.rank)}
 
 
 def _kept_state(optimizer: torch.optim.Optimizer, owner: Tensor) -> dict[str, Tensor]:

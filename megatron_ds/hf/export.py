@@ -27,7 +27,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.hf.decoder import check_tensors, read_config
 from megatron_ds.hf.model_card import model_card, mtp_card
 from megatron_ds.hf.options import FORMATS, ExportOptions
-from megatron_ds.hf.plan import Plan
+from megatron_ds.hf.plan import ROUNDED, Plan, computed_precision
 from megatron_ds.hf.report import REPORT, export_report
 from megatron_ds.hf.sections import is_hugging_face_directory
 from megatron_ds.hf.targets import choose_target, place_mtp
@@ -60,7 +60,9 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> Expo
     mtp = place_mtp(target, model, options.mtp)
     precision = options.precision or run.dtype_name
     tokenizer = find_tokenizer(checkpoint, run, options.tokenizer)
-    plan = Plan(check_tensors(checkpoint, model, moe), run, target, precision)
+    computed = computed_precision(checkpoint.step, run)
+    rounded = frozenset(checkpoint.trainer.get(ROUNDED, ()))
+    plan = Plan(check_tensors(checkpoint, model, moe), run, target, precision, computed, rounded)
     write = partial(write_weights, read=partial(_read, checkpoint), max_shard_size=options.max_shard_size)
     ids = tokenizer.special_ids() if tokenizer else plain_ids(run)
     report = partial(export_report, checkpoint, run, target, precision, options.command)

@@ -19,6 +19,7 @@ from megatron_ds.config.resolve import resolve
 from megatron_ds.config.schema import RunConfig
 from megatron_ds.data.tokenizer import FILES
 from megatron_ds.errors import ConfigError, DataError
+from megatron_ds.hf.plan import ROUNDED, inside_layer
 from megatron_ds.hf.reader import HuggingFaceModel, HuggingFaceWeights, open_hugging_face
 from megatron_ds.hf.tokenizer_files import TokenizerFiles
 from megatron_ds.parallel.random import generator_state
@@ -75,7 +76,7 @@ def import_model(directory: Path, output: Path, tokenizer: Path | None = None) -
         0,
         _stretches(weights, numel),
         rank_state=generator_state(torch.device("cpu")),
-        trainer=TRAINER,
+        trainer=TRAINER | {ROUNDED: _rounded(opened)},
         config=_config(opened, files).model_dump(mode="json"),
         extra_files={f"tokenizer/{name}": files.directory / name for name in _names(files)} if files else None,
     )
@@ -91,6 +92,18 @@ def _stretches(weights: HuggingFaceWeights, numel: int) -> Iterator[Fragment]:
                 values = weights.read_range(name, "weight", box, start, min(STRETCH, prod(shape) - start))
                 yield Fragment(name, "weight", shape, box, start, values)
                 progress.update(values.numel())
+
+
+def _rounded(opened: HuggingFaceModel) -> list[str]:
+    """What the family keeps in fp32 and the files have in fewer bits: an export of the same weights has it so, too."""
+    kept = opened.sections.target.kept_fp32
+    return sorted(
+        {
+            inside_layer(name)
+            for name, entries in opened.entries.items()
+            if inside_layer(name) in kept and opened.stored[entries[0].name].dtype != torch.float32
+        }
+    )
 
 
 def _tokenizer(directory: Path, opened: HuggingFaceModel, *, required: bool) -> tuple[TokenizerFiles | None, list[str]]:

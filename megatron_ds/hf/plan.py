@@ -18,6 +18,9 @@ from megatron_ds.hf.targets.common import NAMES, Target
 ROUTER_BIAS = "mlp.router.bias"
 """Logical name inside a layer of the one tensor that training, too, always keeps in fp32."""
 
+ROUNDED = "rounded"
+"""Key of the trainer's state of an imported checkpoint: ``Plan.rounded``."""
+
 TRAINING_ONLY = "mlp.balance."
 """Logical names inside a layer that begin so are no part of the model."""
 
@@ -67,6 +70,11 @@ class Plan:
     """The family; its names, and what it keeps in fp32."""
     precision: str
     """Key of FORMATS for everything else."""
+    computed: str = "fp32"
+    """``computed_precision`` of the weights."""
+    rounded: frozenset[str] = frozenset()
+    """Logical names inside a layer that the family keeps in fp32 and this model came without: imported so, and not
+    trained."""
 
     def main(self) -> list[Entry]:
         """Every tensor of the main model, layer by layer, without the vocabulary's padding."""
@@ -112,7 +120,7 @@ class Plan:
         inside = inside_layer(name)
         if inside.startswith(TRAINING_ONLY):
             return []
-        rounding = held_precision(name, self.run, self.target, self.precision)
+        rounding = held_precision(name, self.computed, self.target, self.precision)
         entries = self._tensor(prefix, inside, name, shape, rounding)
         if inside == "mlp.router.weight":
             for lacking, zeros in self._lacking(*shape).items():
@@ -121,7 +129,7 @@ class Plan:
 
     def _kept(self, inside: str) -> str:
         """Precision in the file."""
-        return "fp32" if inside in self.target.kept_fp32 else self.precision
+        return "fp32" if inside in self.target.kept_fp32 and inside not in self.rounded else self.precision
 
     def _lacking(self, num_experts: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
         """Logical name and shape of what the family has in every layer with experts and the model has not."""
@@ -158,16 +166,23 @@ class Plan:
         ]
 
 
-def held_precision(name: str, run: RunConfig, target: Target, precision: str) -> str:
+def held_precision(name: str, computed: str, target: Target, precision: str) -> str:
     """What the export rounds the tensor of a logical name to, a key of FORMATS.
 
     That is its precision, save for what the family keeps in fp32. Of that, the router's weights are rounded when the
     run computed with them in this very precision, so that the export routes as training did; its bias never is.
+
+    ``computed``: ``computed_precision`` of what is exported.
     """
     inside = inside_layer(name)
     if inside not in target.kept_fp32:
         return precision
-    return precision if inside != ROUTER_BIAS and run.dtype_name == precision else "fp32"
+    return precision if inside != ROUTER_BIAS and computed == precision else "fp32"
+
+
+def computed_precision(step: int, run: RunConfig) -> str:
+    """What training computed with the weights of a step in; those of step 0 were imported, and are as they were."""
+    return run.dtype_name if step else "fp32"
 
 
 def inside_layer(name: str) -> str:

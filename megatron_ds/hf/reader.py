@@ -36,8 +36,9 @@ MEMORY_NAMES = {
 }
 """Logical name inside a layer -> what transformers 5 calls the tensor in memory, and in files of that layout."""
 
-IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-"""Tensors that follow from config.json, and are in old files all the same."""
+IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq$|mtp_)")
+"""Tensors that follow from config.json, and are in old files all the same; and ERNIE's blocks for drafts, which stock
+transformers passes over, too."""
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 

@@ -25,11 +25,10 @@ from tqdm import tqdm
 
 from megatron_ds.checkpoint.reader import Checkpoint
 from megatron_ds.config.model_schema import ModelConfig
-from megatron_ds.config.schema import RunConfig
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.decoder import load_decoder, read_config
 from megatron_ds.hf.options import FORMATS
-from megatron_ds.hf.plan import held_precision
+from megatron_ds.hf.plan import computed_precision, held_precision
 from megatron_ds.hf.report import Check, Parity, Rounding
 from megatron_ds.hf.targets import TARGETS
 from megatron_ds.hf.targets.common import Target
@@ -86,7 +85,7 @@ def verify(
     texts = list(TEXTS) if tokenizer else []
     answer, logits = _probe(directory, token_NS, position_P, texts, target)
 
-    decoder = load_decoder(checkpoint, partial(_dtype, run, target, precision))
+    decoder = load_decoder(checkpoint, partial(_dtype, computed_precision(checkpoint.step, run), target, precision))
     reference_NPV, decided_NP = _reference_logits(decoder, token_NS, position_P)
     limit = TOLERANCE * max(1.0, reference_NPV.abs().max().item())
     largest = {name: _largest(found - reference_NPV, decided_NP) for name, found in logits.items()}
@@ -166,9 +165,9 @@ def _probe(
         return json.loads((work / "answer.json").read_text()), load_file(work / "logits.safetensors")
 
 
-def _dtype(run: RunConfig, target: Target, precision: str, name: str) -> torch.dtype:
+def _dtype(computed: str, target: Target, precision: str, name: str) -> torch.dtype:
     """What the export rounds the tensor of a logical name to."""
-    return getattr(torch, FORMATS[held_precision(name, run, target, precision)].name)
+    return getattr(torch, FORMATS[held_precision(name, computed, target, precision)].name)
 
 
 @torch.inference_mode()

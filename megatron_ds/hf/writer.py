@@ -1,13 +1,14 @@
-"""Weights to safetensors files, one tensor in memory at a time.
+"""Weights to safetensors files, a part of one tensor in memory at a time.
 
-A shard's header needs only names and shapes, so it is written first and the tensors follow, each read from the
-checkpoint, cast once from fp32 and let go. No model is built, and the largest tensor bounds the memory. The layout is
-the one that ``safe_open`` and every engine read; which tensors go in, and under which names, is in ``plan.py``.
+A shard's header needs only names and shapes, so it is written first and the tensors follow, part by part: each is read
+from the checkpoint, cast once from fp32 and let go. No model is built, and no tensor is ever whole in memory. The
+layout is the one that ``safe_open`` and every engine read; which tensors go in, and under which names, is in
+``plan.py``.
 """
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ds.checkpoint.pieces import Box
+from megatron_ds.checkpoint.pieces import Box, volume
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.options import FORMATS
 from megatron_ds.hf.plan import Entry
+
+MAX_PART = 16 << 20
+"""Elements of a tensor that are in memory at a time."""
 
 
 def plan_shards(entries: list[Entry], max_shard_size: int) -> list[list[Entry]]:
@@ -53,8 +57,9 @@ def write_weights(
             with (directory / file_name).open("wb") as file:
                 file.write(_header(shard))
                 for entry in shard:
-                    file.write(_values(entry, read))
-                    progress.update(entry.num_bytes)
+                    assert volume(entry.box) == entry.numel, f"{entry.name}: {entry.box} for the shape {entry.shape}"
+                    for part in _parts(entry.box):
+                        progress.update(file.write(_values(entry, part, read)))
     if len(shards) > 1:
         metadata = {"total_size": total_size, "total_parameters": sum(entry.numel for entry in entries)}
         write_json(directory / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
@@ -78,11 +83,22 @@ def _header(shard: list[Entry]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _values(entry: Entry, read: Callable[[str, Box], Tensor]) -> memoryview:
-    """The bytes of one tensor."""
-    exact = torch.zeros(entry.numel) if entry.source is None else read(entry.source, entry.box)
+def _parts(box: Box) -> Iterator[Box]:
+    """Cut a box into boxes of at most MAX_PART elements, in the row-major order of these."""
+    if volume(box) <= MAX_PART:
+        yield box
+        return
+    axis = next(axis for axis, (lo, hi) in enumerate(box) if hi - lo > 1)
+    (lo, hi), step = box[axis], max(1, MAX_PART // volume(box[axis + 1 :]))
+    for first in range(lo, hi, step):
+        yield from _parts((*box[:axis], (first, min(first + step, hi)), *box[axis + 1 :]))
+
+
+def _values(entry: Entry, part: Box, read: Callable[[str, Box], Tensor]) -> memoryview:
+    """The bytes of one part of a tensor."""
+    exact = torch.zeros(volume(part)) if entry.source is None else read(entry.source, part)
     values = exact.to(getattr(torch, FORMATS[entry.rounding].name)).to(getattr(torch, entry.format.name))
-    assert values.numel() == entry.numel, f"{entry.name}: {values.numel()} values for the shape {entry.shape}"
+    assert values.numel() == volume(part), f"{entry.name}: {values.numel()} values for the box {part}"
     if not torch.isfinite(values).all():
         fits = "export with --dtype bf16 or fp32" if torch.isfinite(exact).all() else "use an earlier checkpoint"
         raise CheckpointError(f"{entry.source}: holds values that are not finite in {entry.rounding}; {fits}")

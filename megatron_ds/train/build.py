@@ -10,33 +10,37 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_ds.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
+from megatron_ds.checkpoint.reader import Checkpoint, WeightSource
+from megatron_ds.checkpoint.tiers import Snapshot
 from megatron_ds.config.batch_plan import BatchPlan, batch_plan
 from megatron_ds.config.load import LoadedConfig
 from megatron_ds.config.lr_plan import warmup_tokens
 from megatron_ds.config.resolve import with_vocabulary
-from megatron_ds.config.schema import CheckpointConfig, DataConfig, RunConfig
+from megatron_ds.config.schema import DataConfig, RunConfig
 from megatron_ds.config.token_schedule import TokenSchedule
 from megatron_ds.data import tokenizer
 from megatron_ds.data.loader import Batch, BatchLoader, Datasets, build_datasets
 from megatron_ds.engine.average import WeightAverage
 from megatron_ds.engine.initialize import Engine, build_engine
-from megatron_ds.engine.state import counters, fragments, restore, restore_weights
-from megatron_ds.errors import ConfigError, MegatronError
+from megatron_ds.engine.state import changed_on_load, counters, files_needed, fragments, restore, restore_weights
+from megatron_ds.errors import ConfigError, MegatronError, PreemptedError
 from megatron_ds.hf.decoder import check_tensors
 from megatron_ds.model import cost
 from megatron_ds.optim.lr_schedule import LearningRate
 from megatron_ds.parallel.groups import Groups
 from megatron_ds.parallel.random import generator_state, set_generator_state
+from megatron_ds.train.checkpointing import Checkpointing, Start
 from megatron_ds.train.metrics import RunFacts
-from megatron_ds.train.monitor import CheckpointReport, Monitor
+from megatron_ds.train.monitor import Monitor
 from megatron_ds.train.objective import pretraining
-from megatron_ds.train.run_directory import RunDirectory
+from megatron_ds.train.preemption import Preemption
+from megatron_ds.train.run_directory import RunDirectory, State
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,7 +65,9 @@ class Run:
     """Weight of the loss of MTP blocks."""
     bias_rate: TokenSchedule
     """Step of the routers' balancing biases."""
-    store: CheckpointStore
+    checkpoints: Checkpointing
+    preemption: Preemption
+    """Whether this rank was asked to stop."""
     monitor: Monitor
     flops_per_token: float
     step: int = 0
@@ -100,37 +106,52 @@ class Run:
         self.consumed_samples += size
         self.consumed_tokens += size * self.config.megatron_ds.model.seq_length
 
-    def save(self) -> None:
-        """Write a checkpoint of this step; all ranks together."""
-        with self.monitor.phase("saving"):
-            saved = self.store.save(
-                self.step,
-                fragments(self.engine, self.weights, self.average),
-                rank_state=generator_state(self.groups.device),
-                trainer={
-                    "step": self.step,
-                    "consumed_samples": self.consumed_samples,
-                    "consumed_tokens": self.consumed_tokens,
-                    "train_loss": self.train_loss,
-                    "eval": self.eval_losses,
-                    "engine": counters(self.engine),
-                    "wandb_run_id": self.monitor.run_id,
-                },
-                config=self.config.model_dump(mode="json"),
-                extra_files=tokenizer_files(self.config.megatron_ds.data),
-            )
-        self.monitor.checkpoint(CheckpointReport(self.step, saved.path, saved.seconds, saved.bytes))
+    def snapshot(self) -> Snapshot:
+        """All that a checkpoint of this step holds of this rank; the tensors are those in use, not copies."""
+        return Snapshot(
+            self.step,
+            fragments(self.engine, self.weights, self.average),
+            rank_state=generator_state(self.groups.device),
+            trainer={
+                "step": self.step,
+                "consumed_samples": self.consumed_samples,
+                "consumed_tokens": self.consumed_tokens,
+                "train_loss": self.train_loss,
+                "eval": self.eval_losses,
+                "engine": counters(self.engine),
+                "wandb_run_id": self.monitor.run_id,
+            },
+            config=self.config.model_dump(mode="json"),
+            extra_files=tokenizer_files(self.config.megatron_ds.data),
+        )
 
-    def begin(self, checkpoint: Checkpoint) -> None:
-        """Take nothing but the weights of a checkpoint, whose tensors are known to be the model's."""
-        restore_weights(self.engine, self.weights, checkpoint)
+    def save(self) -> None:
+        """Save what is due after this step, and tell how earlier saves went."""
+        tiers = self.checkpoints.due(self.step)
+        if tiers:
+            self.checkpoints.save(self.snapshot(), tiers, self.monitor)
+        else:
+            self.checkpoints.report(self.monitor)
+
+    def finish(self) -> None:
+        """Make sure that the last step is saved."""
+        self.checkpoints.finish(self.step, self.snapshot, self.monitor)
+
+    def close(self, state: State, reason: str) -> None:
+        """Write what is left to write, and tell how the run ended."""
+        self.checkpoints.close(self.monitor)
+        self.monitor.close(state, reason)
+
+    def begin(self, source: WeightSource) -> None:
+        """Take nothing but weights, which are known to be the model's."""
+        restore_weights(self.engine, self.weights, source)
         if self.average is not None:
             self.average.reset()
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint of any layout, whose tensors are known to be the model's."""
         trainer = checkpoint.trainer
-        restore(self.engine, self.weights, checkpoint, trainer["engine"], self.average)
+        restore(self.engine, self.weights, checkpoint, trainer.get("engine", {}), self.average)
         state = checkpoint.rank_state(self.groups.rank)
         if state is not None:
             set_generator_state(state, self.groups.device)
@@ -148,29 +169,37 @@ def build_run(loaded: LoadedConfig, groups: Groups) -> Iterator[Run]:
     if groups.rank == 0:
         directory.acquire()
         directory.write_config(config.model_dump(mode="json"))
+    preemption = Preemption()
     try:
-        run = _assemble(config, loaded, groups, directory)
+        run = _assemble(config, loaded, groups, directory, preemption)
     except MegatronError as error:
         if groups.rank == 0:
             directory.write_status("failed", str(error))
         raise
     try:
-        yield run
+        with preemption:
+            yield run
     except KeyboardInterrupt:
-        run.monitor.close("stopped", "interrupted")
+        run.close("stopped", "interrupted")
+        raise
+    except PreemptedError as error:
+        run.close("preempted", str(error))
         raise
     except BaseException as error:
-        run.monitor.close("failed", f"{type(error).__name__}: {error}")
+        run.close("failed", f"{type(error).__name__}: {error}")
         raise
     else:
         done = run.step >= config.megatron_ds.training.train_iters or config.megatron_ds.training.skip_train
-        run.monitor.close("finished" if done else "stopped", "" if done else "an exit condition was met")
+        run.close("finished" if done else "stopped", "" if done else "an exit condition was met")
     finally:
         directory.release()
 
 
-def _assemble(config: RunConfig, loaded: LoadedConfig, groups: Groups, directory: RunDirectory) -> Run:
+def _assemble(
+    config: RunConfig, loaded: LoadedConfig, groups: Groups, directory: RunDirectory, preemption: Preemption
+) -> Run:
     ours = config.megatron_ds
+    checkpoints = Checkpointing(config, groups, directory)
     with groups.rank_zero_first():  # rank 0 builds the sample indices, the others find them in the cache
         datasets = build_datasets(
             ours.data,
@@ -180,10 +209,37 @@ def _assemble(config: RunConfig, loaded: LoadedConfig, groups: Groups, directory
             eod_id=ours.data.eod_id,
         )
     engine, weights = build_engine(config, groups, pretraining(ours.model, groups.tensor))
-    store = CheckpointStore(Path(ours.checkpoint.save or directory.checkpoints), groups)
-    checkpoint, resumes = find_checkpoint(ours.checkpoint, store, groups)
-    trainer = checkpoint.trainer if resumes else {}
-    monitor = Monitor(
+    plan = batch_plan(ours.training, config.train_batch_size, ours.model.seq_length)
+    warm = warmup_tokens(ours.training, plan, ours.model.seq_length)
+    with checkpoints.start(partial(files_needed, engine, weights)) as start:
+        run = Run(
+            config=config,
+            groups=groups,
+            engine=engine,
+            weights=weights,
+            loader=train_loader(config, groups, datasets),
+            datasets=datasets,
+            batch_plan=plan,
+            average=WeightAverage(engine, weights, ours.training.ema_decay) if ours.training.ema_decay else None,
+            learning_rate=LearningRate(ours.training, config.optimizer.params.lr, warm),
+            mtp_weight=TokenSchedule.parse(ours.training.mtp_loss_scaling_factor),
+            bias_rate=TokenSchedule.parse(ours.moe.moe_router_bias_update_rate if ours.moe else 0.0),
+            checkpoints=checkpoints,
+            preemption=preemption,
+            monitor=_monitor(config, groups, directory, engine, start),
+            flops_per_token=cost.flops_per_token(ours.model, ours.moe),
+        )
+        run.monitor.message(header(config, loaded, groups, directory))
+        _begin(run, start)
+    checkpoints.begin(run.step)
+    return run
+
+
+def _monitor(config: RunConfig, groups: Groups, directory: RunDirectory, engine: Engine, start: Start) -> Monitor:
+    """The monitor, gone back to where the run starts."""
+    ours = config.megatron_ds
+    trainer = start.source.trainer if start.resumes else {}
+    return Monitor(
         ours.monitor,
         config.wandb,
         directory,
@@ -197,55 +253,23 @@ def _assemble(config: RunConfig, loaded: LoadedConfig, groups: Groups, directory
         run_id=trainer.get("wandb_run_id") if not ours.checkpoint.load else None,
         event_writer=engine.monitor.write_events if engine.monitor.enabled else None,
     )
-    plan = batch_plan(ours.training, config.train_batch_size, ours.model.seq_length)
-    warm = warmup_tokens(ours.training, plan, ours.model.seq_length)
-    run = Run(
-        config=config,
-        groups=groups,
-        engine=engine,
-        weights=weights,
-        loader=train_loader(config, groups, datasets),
-        datasets=datasets,
-        batch_plan=plan,
-        average=WeightAverage(engine, weights, ours.training.ema_decay) if ours.training.ema_decay else None,
-        learning_rate=LearningRate(ours.training, config.optimizer.params.lr, warm),
-        mtp_weight=TokenSchedule.parse(ours.training.mtp_loss_scaling_factor),
-        bias_rate=TokenSchedule.parse(ours.moe.moe_router_bias_update_rate if ours.moe else 0.0),
-        store=store,
-        monitor=monitor,
-        flops_per_token=cost.flops_per_token(ours.model, ours.moe),
-    )
-    monitor.message(header(config, loaded, groups, directory))
-    if checkpoint:
-        check_tensors(checkpoint, ours.model, ours.moe)
-        for reason in checkpoint.rejected:
-            monitor.message(f"skipped a damaged checkpoint: {reason}")
-        if resumes:
-            run.resume(checkpoint)
-            monitor.message(f"resumed at step {run.step} from {checkpoint.path}")
-        else:
-            run.begin(checkpoint)
-            monitor.message(f"begins with the weights of step {checkpoint.step} in {checkpoint.path}")
-    return run
 
 
-def find_checkpoint(config: CheckpointConfig, store: CheckpointStore, groups: Groups) -> tuple[Checkpoint | None, bool]:
-    """The checkpoint that a run starts from, if there is one, and whether it resumes it or only takes the weights.
-
-    Raises CheckpointError when there is nothing whole, ConfigError when a run would begin with its own weights.
-    """
-    if config.load is None:
-        own = store.newest()
-        return own, own is not None
-    if config.finetune:
-        if Path(config.load).resolve() == store.directory.resolve():
-            raise ConfigError(
-                f"checkpoint.load = {config.load}: are the checkpoints of this run, and finetune begins another one; "
-                f"give it a name (--run-name)"
-            )
-        if own := store.newest():
-            return own, True
-    return open_checkpoint(Path(config.load), peers=groups), not config.finetune
+def _begin(run: Run, start: Start) -> None:
+    """Load what the run starts from, and say so."""
+    source, ours = start.source, run.config.megatron_ds
+    notes = list(start.notes)
+    if source is not None:
+        check_tensors(source, ours.model, ours.moe)
+    if start.resumes:
+        notes += changed_on_load(source, run.config)
+        run.resume(source)
+        notes.append(f"resumed at step {run.step} from {source.path}")
+    elif source is not None:
+        run.begin(source)
+        notes.append(f"begins with the weights in {source.path}")
+    for note in notes:
+        run.monitor.message(note)
 
 
 def train_loader(config: RunConfig, groups: Groups, datasets: Datasets) -> BatchLoader | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from megatron_ds.errors import DivergedError
+from megatron_ds.errors import DivergedError, PreemptedError
 from megatron_ds.train.build import Run
 from megatron_ds.train.evaluation import evaluate
 from megatron_ds.train.metrics import StepRow
@@ -27,13 +27,15 @@ class StepResult:
     lr: float
     seconds: float
     data_seconds: float
-    stop: bool
+    out_of_time: bool
     """Rank 0's clock has passed exit_duration_in_mins."""
+    preempted: bool
+    """Some rank was asked to stop."""
 
 
 def train(run: Run) -> None:
     """Train to the last step (or to a reason to stop), evaluating and saving on the way."""
-    training, checkpoint = run.config.megatron_ds.training, run.config.megatron_ds.checkpoint
+    training = run.config.megatron_ds.training
     if training.skip_train:
         evaluate(run)
         return
@@ -44,7 +46,6 @@ def train(run: Run) -> None:
         return
     if run.step == 0 and training.eval_interval is not None:
         evaluate(run)
-    saved_at = run.step
     while run.step < training.train_iters:
         result = step(run)
         record(run, result)
@@ -53,22 +54,22 @@ def train(run: Run) -> None:
                 f"the loss is {result.loss} at step {run.step}; lower --lr or lengthen the warmup, "
                 f"and resume from the checkpoint before it"
             )
-        if due(run.step, training.eval_interval):
+        if due(run.step, training.eval_interval) or run.step == training.train_iters:
             evaluate(run)
-        if due(run.step, checkpoint.save_interval):
-            run.save()
-            saved_at = run.step
-        if result.stop or due(run.step, training.exit_interval):
-            break
-    if saved_at != run.step:
         run.save()
-    if run.step == training.train_iters and not due(run.step, training.eval_interval):
-        evaluate(run)
+        if result.out_of_time or result.preempted or due(run.step, training.exit_interval):
+            break
+    run.finish()
+    if result.preempted:
+        run.groups.barrier()  # the launcher ends all ranks when it notices that one has ended
+        run.preemption.settle()
+        raise PreemptedError(f"stopped by a signal, saved at step {run.step}; the same command goes on from there")
 
 
 def record(run: Run, result: StepResult) -> None:
     """Tell the monitor about the step that was just taken."""
     engine = run.engine
+    run.checkpoints.took_step(result.seconds)
     run.monitor.step(
         StepRow(
             step=run.step,
@@ -116,8 +117,8 @@ def step(run: Run) -> StepResult:
     )
     if run.average is not None and not run.engine.was_skipped:
         run.average.update()
-    out_of_time = losses.new_tensor([run.groups.rank == 0 and run.out_of_time])
-    main, mtp, stop = run.groups.sum_over_world(torch.cat([losses, out_of_time])).tolist()
+    asked = losses.new_tensor([run.groups.rank == 0 and run.out_of_time, run.preemption.requested])
+    main, mtp, out_of_time, preempted = run.groups.sum_over_world(torch.cat([losses, asked])).tolist()
     loss, batch_size = main / max(num_counted, 1), run.batch_size
     run.advance(loss)
     return StepResult(
@@ -128,5 +129,6 @@ def step(run: Run) -> StepResult:
         lr=lr,
         seconds=time.perf_counter() - started,
         data_seconds=data_seconds,
-        stop=stop > 0,
+        out_of_time=out_of_time > 0,
+        preempted=preempted > 0,
     )

@@ -170,6 +170,7 @@ METRICS: dict[str, Metric] = {
     "eval/bits_per_byte": Metric("bits/byte", last, "min"),
     "eval/tokens": Metric("tokens"),
     "ckpt/save_s": Metric("s", last, "mean"),
+    "ckpt/stall_s": Metric("s", last, "mean"),
     "ckpt/bytes": Metric("bytes"),
 }
 """Every metric. A named validation set adds ``eval/<set>/loss`` and so on, with the rules of ``eval/loss``."""

@@ -60,6 +60,9 @@ class CheckpointReport:
     step: int
     path: Path
     seconds: float
+    """Until it was whole on the disk."""
+    stall_seconds: float
+    """How long training waited for it."""
     num_bytes: int
 
 
@@ -169,7 +172,8 @@ class Monitor:
     def checkpoint(self, report: CheckpointReport) -> None:
         """Record a finished save, and force the ledger to the disk with it."""
         self._totals.saved()
-        self._write("checkpoint", report.step, {"ckpt/save_s": report.seconds, "ckpt/bytes": report.num_bytes})
+        costs = {"ckpt/save_s": report.seconds, "ckpt/stall_s": report.stall_seconds, "ckpt/bytes": report.num_bytes}
+        self._write("checkpoint", report.step, costs)
         self._ledger.sync()
         self._console.message(f"  successfully saved checkpoint at iteration {report.step:7d} to {report.path}")
 

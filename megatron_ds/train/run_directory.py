@@ -82,9 +82,14 @@ class RunDirectory:
         }
         replace_file(self.status, _json(status))
 
+    @property
+    def known_run_id(self) -> str | None:
+        """W&B's id that this directory keeps, once it has one."""
+        return self._run_id.read_text().strip() if self._run_id.exists() else None
+
     def run_id(self, known: str | None = None) -> str:
         """W&B's id of this run: ``known`` (from a checkpoint), else the stored one, else a new one; stored at once."""
-        run_id = known or (self._run_id.read_text().strip() if self._run_id.exists() else "") or secrets.token_hex(4)
+        run_id = known or self.known_run_id or secrets.token_hex(4)
         replace_file(self._run_id, f"{run_id}\n".encode())
         return run_id
 

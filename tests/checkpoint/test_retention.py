@@ -110,3 +110,10 @@ def test_going_back_is_seen(tmp_path):
     assert store.left_at() is None
     (tmp_path / "new" / "latest").write_text("global_step2")
     assert store.left_at() == 2
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "global_step1").rename(tmp_path / "global_step7")
+    with pytest.raises(CheckpointError, match="holds step 1"):
+        open_checkpoint(tmp_path)

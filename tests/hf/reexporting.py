@@ -24,20 +24,6 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
     return {name: value for path in directory.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
-def same_in_bf16(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Whether names and shapes are equal and so are values, those of a router's weights once they are rounded to bf16.
-
-    A family may store those in fp32; a run in bf16 computes with the rounded ones, which are what it exports.
-    """
-
-    def rounded(name: str, value: Tensor) -> Tensor:
-        return (value.bfloat16() if name.endswith((".gate.weight", ".gate.refine")) else value).float()
-
-    return one.keys() == other.keys() and all(
-        torch.equal(rounded(name, one[name]), rounded(name, other[name])) for name in one
-    )
-
-
 def same_bytes(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Whether names, shapes, number formats and every bit are equal."""
     return one.keys() == other.keys() and all(

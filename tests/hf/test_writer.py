@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megatron_ds.checkpoint.pieces import whole
+from megatron_ds.checkpoint.pieces import volume, whole
 from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.hf import writer
 from megatron_ds.hf.options import parse_size
 from megatron_ds.hf.plan import Entry
 from megatron_ds.hf.writer import plan_shards, write_weights
@@ -92,6 +93,24 @@ def test_one_tensor_is_alive_at_a_time(tmp_path):
 
     write_weights(tmp_path, entries("bf16"), read, 1 << 30)
     assert len(alive) == len(SHAPES)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 100])
+def test_a_tensor_in_parts_is_the_same_tensor(tmp_path, monkeypatch, limit):
+    """Whatever a part may hold: rows, part of a row, one element; of one expert of a stack, too."""
+    monkeypatch.setattr(writer, "MAX_PART", limit)
+    stack = torch.randn(2, 2, 5, 3, generator=torch.Generator().manual_seed(2))
+    expert = Entry("expert", "stack", ((1, 2), (0, 1), (0, 5), (0, 3)), (5, 3), "fp32", "fp32")
+    whole_read, sizes = reading(WEIGHTS | {"stack": stack}), []
+
+    def read(name, box):
+        sizes.append(volume(box))
+        return whole_read(name, box)
+
+    write_weights(tmp_path, [*entries(), expert], read, 1 << 30)
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(loaded[f"hf.{name}"], weight) for name, weight in WEIGHTS.items())
+    assert torch.equal(loaded["expert"], stack[1, 0]) and max(sizes) <= limit
 
 
 @pytest.mark.parametrize(
