@@ -100,7 +100,7 @@ def monitored(run_dir, first, last, drill="", rank=0):
                 results = {"code": EvalResult(2.0, 100, 300), "prose": EvalResult(3.0, 100, 300)}
             monitor.evaluation(step, results)
         if step == 12:
-            monitor.checkpoint(CheckpointReport(step, run.checkpoints / "global_step12", 1.5, 1000))
+            monitor.checkpoint(CheckpointReport(step, run.checkpoints / "global_step12", 1.5, 0.25, 1000))
             if drill == "kill wandb":
                 for child in psutil.Process().children(recursive=True):
                     child.kill()
