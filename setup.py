@@ -31,7 +31,7 @@ setup(
     ],
     extras_require={
         # megatron-core is installed without its dependencies (Makefile): the tests read and write .bin/.idx with it.
-        "dev": ["pytest>=9.2", "pytest-timeout>=2.4", "hypothesis>=6.170", "ruff>=0.17"],
+        "dev": ["pytest>=9.2", "pytest-timeout>=2.4", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff>=0.17"],
     },
     entry_points={"console_scripts": ["megatron-ds=megatron_ds.cli.main:entry"]},
 )

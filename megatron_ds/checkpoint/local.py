@@ -248,10 +248,14 @@ class LocalStore:
 
         Folders of nodes that are no longer are cleared, too. On a disk that several nodes share each finds the same.
         """
+        names = {f"global_step{save.step}" for save in kept}
 
         def clear() -> None:
             parts, unreadable = list_parts(self.directory)
-            for place in [*(part.place for part in parts if part.save not in kept), *unreadable]:
+            surplus = [part.place for part in parts if part.save not in kept]
+            # A manifest may be unreadable for a moment only, so the names that are kept count as well.
+            surplus += [place for place in unreadable if Path(place).name not in names]
+            for place in surplus:
                 with suppress(FileNotFoundError):  # another node on this disk was faster
                     discard(self.directory / place)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 import threading
 import traceback
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_ds.checkpoint.pieces import Fragment
 
+CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.scandir", "os.listdir"}
+CRASHED = 9
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn)
 
 
@@ -55,12 +58,16 @@ class _World:
 
     def link(self, source, target):
         with self._lock:
-            meeting = SimpleNamespace(message=None, barrier=threading.Barrier(2, timeout=30))
-            return self._links.setdefault((source, target), meeting)
+            if (source, target) not in self._links:
+                self._links[source, target] = SimpleNamespace(message=None, barrier=threading.Barrier(2, timeout=30))
+            if self.barrier.broken:
+                self._links[source, target].barrier.abort()
+            return self._links[source, target]
 
     def abort(self):
-        for barrier in (self.barrier, *(link.barrier for link in self._links.values())):
-            barrier.abort()
+        with self._lock:
+            for barrier in (self.barrier, *(link.barrier for link in self._links.values())):
+                barrier.abort()
 
 
 def on_ranks(world, work):
@@ -81,7 +88,7 @@ def on_ranks(world, work):
             if not hasattr(error, "exit_code"):
                 meeting.abort()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ends[-1])]
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(ends[-1])]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -100,6 +107,51 @@ def in_child(work):
             os._exit(1)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def at_call(number, action, rank=None, for_good=False):
+    """From now on this process does ``action`` at its ``number``-th file-system call, or at all from there.
+
+    With ``rank`` only calls of that rank of ``on_ranks`` count. Python's audit events see every open, mkdir, rename and
+    removal.
+    """
+    count = 0
+
+    def on_event(event, arguments=()):
+        nonlocal count
+        mine = rank is None or threading.current_thread().name == f"rank {rank}"
+        if mine and (event in CALLS or event == "os.fsync"):
+            count += 1
+            if count - 1 == number or (for_good and count - 1 > number):
+                action()
+
+    fsync = os.fsync
+    os.fsync = lambda descriptor: (on_event("os.fsync"), fsync(descriptor))[1]
+    sys.addaudithook(on_event)  # lasts as long as the process: only for children
+    return lambda: count
+
+
+def count_calls(work, rank=None):
+    """How many file-system calls ``work`` makes, perhaps only on one rank."""
+    read, write = os.pipe()
+
+    def child():
+        calls = at_call(-1, None, rank)
+        work()
+        os.write(write, str(calls()).encode())
+
+    assert in_child(child) == 0
+    return int(os.read(read, 20))
+
+
+def die():
+    """End this process at once, as a crash does."""
+    os._exit(CRASHED)
+
+
+def fail():
+    """What a full disk says."""
+    raise OSError(28, "No space left on device")
 
 
 def any_bits(shape, dtype, seed=0):

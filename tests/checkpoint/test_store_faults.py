@@ -9,20 +9,16 @@ import random
 import resource
 import shutil
 import signal
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_tools import fragments_of, in_child, on_ranks
+from checkpoint_tools import CRASHED, at_call, count_calls, die, fail, fragments_of, in_child, on_ranks
 
 from megatron_ds.checkpoint.store import CheckpointStore, SingleProcess, open_checkpoint
 from megatron_ds.errors import CheckpointError
-
-CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.scandir", "os.listdir"}
-CRASHED = 9
 
 
 def save(directory, step, value, numel=50):
@@ -39,44 +35,6 @@ def found(directory):
     value = checkpoint.trainer["value"]
     assert checkpoint.read("w").eq(value).all()
     return checkpoint.step, value
-
-
-def at_call(number, action):
-    """From now on this process does ``action`` at its ``number``-th file-system call."""
-    count = 0
-
-    def on_event(event, arguments=()):
-        nonlocal count
-        if event in CALLS or event == "os.fsync":
-            count += 1
-            if count - 1 == number:
-                action()
-
-    fsync = os.fsync
-    os.fsync = lambda descriptor: (on_event("os.fsync"), fsync(descriptor))[1]
-    sys.addaudithook(on_event)  # lasts as long as the process: only for children
-    return lambda: count
-
-
-def count_calls(work):
-    """How many file-system calls ``work`` makes."""
-    read, write = os.pipe()
-
-    def child():
-        calls = at_call(-1, None)
-        work()
-        os.write(write, str(calls()).encode())
-
-    assert in_child(child) == 0
-    return int(os.read(read, 20))
-
-
-def die():
-    os._exit(CRASHED)
-
-
-def fail():
-    raise OSError(28, "No space left on device")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Distributed experts train the model that one process trains: losses, norms, gradients, loads and checkpoints.
+"""Distributed experts train the model that one process trains: losses, norms, gradients and loads.
 
 The reference is one rank with all experts and the same global batches. Every layout routes the same tokens to the same
 experts; only the order of sums differs.
@@ -7,7 +7,7 @@ experts; only the order of sums differs.
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import STEPS, assert_close, assert_learns, build, configuration, parallel, take_step, train_ranks
+from tiny import FEW, STEPS, assert_close, assert_learns, build, configuration, parallel, take_step, train_ranks
 
 MOE = {
     "num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 24, "moe_shared_expert_intermediate_size": 16,
@@ -55,9 +55,9 @@ def test_layouts_train_the_same_model(one_rank, ep, pp, dispatcher):
 def test_other_axes(one_rank, world_size, layout):
     if "micro" in layout:  # the Switch loss is a mean over a micro-batch, so it depends on its size
         without = {"moe_aux_loss_coeff": 0.0}
-        assert_close(run(world_size, moe=without, **layout), run(1, moe=without), 1e-5)
+        assert_close(run(world_size, FEW, moe=without, **layout), run(1, FEW, moe=without), 1e-5)
     else:
-        assert_close(run(world_size, **layout), one_rank, 1e-5)
+        assert_close(run(world_size, FEW, **layout), one_rank, 1e-5)
 
 
 def test_pipelines_are_bit_identical():
@@ -69,7 +69,7 @@ def test_a_stage_without_experts_trains():
     for frequency in ([1, 1, 0, 0], [0, 0, 1, 1]):
         for tied in (True, False):
             layout = {"moe": {"moe_layer_freq": frequency}, "model": {"untie_embeddings_and_output_weights": not tied}}
-            assert_close(run(4, ep=2, pp=2, stage=1, **layout), run(1, **layout), 1e-5)
+            assert_close(run(4, FEW, ep=2, pp=2, stage=1, **layout), run(1, FEW, **layout), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_stage_without_experts_trains():
     ids=str,
 )
 def test_routers_and_losses(moe):
-    assert_close(run(4, ep=4, stage=1, moe=moe), run(1, moe=moe), 1e-5)
+    assert_close(run(4, FEW, ep=4, stage=1, moe=moe), run(1, FEW, moe=moe), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -101,15 +101,15 @@ def test_capacities(capacity):
 
 def test_recompute_changes_nothing():
     layout = {"ep": 2, "stage": 1, "model": {"hidden_dropout": 0.1}}
-    assert run(2, training={"recompute_granularity": "full"}, **layout) == run(2, **layout)
+    assert run(2, FEW, training={"recompute_granularity": "full"}, **layout) == run(2, FEW, **layout)
 
 
 def test_bf16_follows_fp32(one_rank):
-    alone = run(1, dtype="bf16", stage=1)
-    assert_close(alone[0], one_rank[0], 3e-2)
-    assert_close(run(2, ep=2, dtype="bf16", stage=1)[0], alone[0], 2e-2)
-    assert_close(run(4, ep=2, pp=2, dtype="bf16", stage=1)[0], alone[0], 2e-2)
-    assert_close(run(2, ep=2, dtype="bf16", stage=2)[0], alone[0], 2e-2)
+    alone = run(1, FEW, dtype="bf16", stage=1)
+    assert_close(alone[:1], one_rank[:1], 3e-2)
+    assert_close(run(2, FEW, ep=2, dtype="bf16", stage=1)[:1], alone[:1], 2e-2)
+    assert_close(run(4, FEW, ep=2, pp=2, dtype="bf16", stage=1)[:1], alone[:1], 2e-2)
+    assert_close(run(2, FEW, ep=2, dtype="bf16", stage=2)[:1], alone[:1], 2e-2)
 
 
 def train_and_save(groups, layout, directory, steps=1):
@@ -183,64 +183,6 @@ def test_loads_add_up_and_biases_agree(tmp_path, world_size, layout):
             assert torch.equal(biases.setdefault(name, bias), bias), f"{name} differs between ranks"
             assert bias.abs().max() > 0 and bias.dtype == torch.float32
     assert len(biases) == 3
-
-
-def load_and_continue(groups, layout, directory, resaved):
-    """Restore, save again at once, and the loss of the next step."""
-    from pathlib import Path
-
-    from megatron_ds.checkpoint.store import CheckpointStore, open_checkpoint
-    from megatron_ds.engine.state import counters, fragments, restore
-
-    config, engine, weights = build(groups, layout)
-    checkpoint = open_checkpoint(Path(directory), peers=groups)
-    restore(engine, weights, checkpoint, checkpoint.trainer["engine"])
-    CheckpointStore(Path(resaved), groups).save(
-        3, fragments(engine, weights), rank_state={}, trainer={"engine": counters(engine)}, config={}
-    )
-    return take_step(groups, config, engine, 3, 1e-3)[0]
-
-
-@pytest.fixture(scope="module")
-def saved_at_ep_4(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ep4")
-    layout = {"ep": 4, "stage": 1, "moe": {"capacity": {"kind": "dynamic", "factor": 2.0}}}
-    saved(4, directory / "saved", steps=3, **layout)
-    return directory / "saved", resumed(4, layout, directory / "saved", directory / "again")
-
-
-def resumed(world_size, layout, directory, resaved):
-    [loss, *others] = run_ranks(
-        load_and_continue, world_size, options(**layout), str(directory), str(resaved), parallel=parallel(**layout)
-    )
-    assert all(other == loss for other in others)
-    return loss
-
-
-@pytest.mark.parametrize(
-    ("world_size", "layout"),
-    [
-        (1, {"ep": 1, "stage": 0}),
-        (1, {"ep": 1, "stage": 1}),
-        (2, {"ep": 2, "stage": 1}),
-        (4, {"ep": 2, "stage": 0}),
-        (4, {"ep": 2, "pp": 2, "stage": 1}),
-        (2, {"ep": 2, "stage": 2}),
-        (8, {"ep": 4, "pp": 2, "stage": 1}),
-    ],
-    ids=str,
-)
-def test_experts_move_to_other_layouts(saved_at_ep_4, tmp_path, world_size, layout):
-    directory, next_loss = saved_at_ep_4
-    moe = {"capacity": {"kind": "dynamic", "factor": 2.0}}
-    loss = resumed(world_size, {"moe": moe, **layout}, directory, tmp_path)
-    before, after = contents(directory), contents(tmp_path)
-    assert before.keys() == after.keys()
-    assert {kind for _, kind in before} == {"weight", "exp_avg", "exp_avg_sq"}
-    assert any("balance.share" in name for name, _ in before) and any("router.bias" in name for name, _ in before)
-    for key, tensor in before.items():
-        assert torch.equal(tensor, after[key]), key
-    assert loss == pytest.approx(next_loss, rel=1e-6)
 
 
 SKEWS = {

@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import STEPS, assert_close, assert_learns, build, parallel, take_step, train_ranks
+from tiny import FEW, STEPS, assert_close, assert_learns, build, micro_batch_size, parallel, take_step, train_ranks
 
 MODEL = {
     "num_layers": 4, "num_query_groups": None, "qk_layernorm": False, "rotary_interleaved": True,
@@ -38,8 +38,7 @@ def world(tp=1, pp=1, dp=None, ep=1, **_):
 
 
 def run(steps=STEPS, dp=None, **layout):
-    """Two sequences per micro-batch where every pipeline rank then still has one to work on."""
-    micro = 2 if layout.get("pp", 1) * (dp or layout.get("ep", 1)) <= 4 else 1
+    micro = micro_batch_size(dp or layout.get("ep", 1), layout.get("pp", 1))
     return train_ranks(world(dp=dp, **layout), options(**{"micro": micro} | layout), steps)
 
 
@@ -99,21 +98,22 @@ def test_the_whole_table(one_rank, layout):
 @pytest.mark.parametrize("tied", [False, True])
 def test_schedules_are_bit_identical(tied):
     model = {"untie_embeddings_and_output_weights": not tied}
-    reference = run(model=model)
+    reference = run(FEW, model=model, micro=2)
     for pp, schedule in ((2, "1f1b"), (2, "interleaved"), (2, "zb_h1"), (2, "zb_v"), (4, "zb_h1")):
-        assert run(model=model, pp=pp, schedule=schedule) == reference, (pp, schedule)
+        assert run(FEW, model=model, pp=pp, schedule=schedule) == reference, (pp, schedule)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_grouped_queries_under_tensor_parallelism(groups):
     """As many key heads as ranks, fewer, and one for all."""
     layout = {"model": MODEL | GQA | {"num_query_groups": groups}}
-    assert_close(run(tp=4, sp=True, **layout), run(**layout), 1e-5)
-    assert_close(run(tp=2, pp=2, schedule="zb_v", **layout), run(**layout), 1e-5)
+    reference = run(FEW, **layout)
+    assert_close(run(FEW, tp=4, sp=True, **layout), reference, 1e-5)
+    assert_close(run(FEW, tp=2, pp=2, schedule="zb_v", **layout), reference, 1e-5)
 
 
 def test_explicit_layouts():
-    reference = run(steps=4)
+    reference = run(steps=4, micro=2)
     for pp, schedule, layers in (
         (2, "1f1b", [3, 1]), (2, "interleaved", [0, 2, 1, 1]), (2, "zb_v", [1, 2, 1, 0]),
         (4, "interleaved", [1] * 4 + [0] * 4), (4, "zb_v", [1] * 4 + [0] * 4),
@@ -193,21 +193,21 @@ def test_every_gradient_and_auxiliary_loss(gradients_of_one_rank, tmp_path, layo
 def test_dropout_depends_on_no_topology():
     """Masks are drawn whole and cut, but for those on the probabilities of heads that other ranks have."""
     model = {"hidden_dropout": 0.1}
-    reference = run(model=model)
-    assert reference != run()
-    assert_close(run(model=model, tp=2, sp=True, pp=2, schedule="zb_v"), reference, 1e-5)
-    assert_close(run(model=model, tp=2), reference, 1e-5)
+    reference = run(FEW, model=model, micro=2)
+    assert reference != run(FEW, micro=2)
+    assert_close(run(FEW, model=model, tp=2, sp=True, pp=2, schedule="zb_v"), reference, 1e-5)
+    assert_close(run(FEW, model=model, micro=2, tp=2), reference, 1e-5)
 
 
 def test_recompute_and_zero_stages(one_rank):
     layout = {"tp": 2, "sp": True, "pp": 2, "schedule": "interleaved"}
-    assert_close(run(training={"recompute_granularity": "full"}, **layout), one_rank, 1e-5)
-    assert_close(run(stage=0, **layout), one_rank, 1e-5)
+    assert_close(run(FEW, training={"recompute_granularity": "full"}, **layout), one_rank, 1e-5)
+    assert_close(run(FEW, stage=0, **layout), one_rank, 1e-5)
 
 
 def test_bf16_follows_fp32(one_rank):
-    alone = run(dtype="bf16")
-    assert_close(alone[0], one_rank[0], 3e-2)
+    alone = run(FEW, dtype="bf16")
+    assert_close(alone[:1], one_rank[:1], 3e-2)
     for layout in ({"tp": 2, "sp": True}, {"tp": 2, "pp": 2, "ep": 2, "schedule": "zb_v"}):
-        assert_close(run(dtype="bf16", **layout)[0], alone[0], 2e-2)
-    assert run(dtype="bf16", pp=2, schedule="zb_h1") == run(dtype="bf16", pp=2)
+        assert_close(run(FEW, dtype="bf16", **layout)[:1], alone[:1], 2e-2)
+    assert run(FEW, dtype="bf16", pp=2, schedule="zb_h1") == run(FEW, dtype="bf16", pp=2)
