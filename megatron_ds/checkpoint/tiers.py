@@ -59,10 +59,18 @@ class Outcome:
     step: int
     report: SaveReport | None
     """None when the save failed."""
+    error: MegatronError | None
+    """Why it failed."""
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What came of that which follows a save."""
+
     notes: tuple[str, ...]
     """Lines for the user."""
     error: MegatronError | None
-    """Why the save, or what was to follow it, failed."""
+    """Why it failed."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class TieredSaver:
         for _ in self._tiers:
             self._free.put(Staging())
         self._writing: dict[str, Future[None]] = {}
-        self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
+        self._outcomes: SimpleQueue[Outcome | Followed] = SimpleQueue()
 
     def save(self, snapshot: Snapshot, names: Iterable[str]) -> None:
         """Copy a snapshot and hand it to the named tiers; waits for the copy, and until they are free.
@@ -104,8 +112,8 @@ class TieredSaver:
         for tier in tiers:
             self._writing[tier.name] = self._threads[tier.name].submit(self._write, tier, held, done)
 
-    def outcomes(self) -> list[Outcome]:
-        """Saves that ended since the last call, in the order in which they did."""
+    def outcomes(self) -> list[Outcome | Followed]:
+        """What ended since the last call, in the order in which it did."""
         found = []
         while not self._outcomes.empty():
             found.append(self._outcomes.get())
@@ -127,16 +135,19 @@ class TieredSaver:
             self._writing.pop(name).result()
 
     def _write(self, tier: Tier, snapshot: Snapshot, done: "_Countdown") -> None:
-        report, notes, error = None, [], None
+        report, error = None, None
         try:
-            try:
-                report = tier.store.save(**vars(snapshot))
-            finally:
-                done()  # what follows needs the files only
-            notes = tier.after(snapshot.step, report)
+            report = tier.store.save(**vars(snapshot))
         except MegatronError as raised:
             error = raised
-        self._outcomes.put(Outcome(tier.name, snapshot.step, report, tuple(notes), error))
+        finally:
+            done()  # what follows needs the files only
+        self._outcomes.put(Outcome(tier.name, snapshot.step, report, error))
+        if report:
+            try:
+                self._outcomes.put(Followed(tuple(tier.after(snapshot.step, report)), None))
+            except MegatronError as raised:
+                self._outcomes.put(Followed((), raised))
 
 
 class _Countdown:

@@ -20,7 +20,7 @@ from megatron_ds.checkpoint.pieces import Fragment
 from megatron_ds.checkpoint.reader import Checkpoint, WeightSource
 from megatron_ds.checkpoint.retention import Retention
 from megatron_ds.checkpoint.store import CheckpointStore, open_checkpoint
-from megatron_ds.checkpoint.tiers import Outcome, Snapshot, Tier, TieredSaver
+from megatron_ds.checkpoint.tiers import Followed, Outcome, Snapshot, Tier, TieredSaver
 from megatron_ds.checkpoint.writing import SaveReport
 from megatron_ds.config.schema import RunConfig
 from megatron_ds.errors import CheckpointError, ConfigError
@@ -151,7 +151,7 @@ class Checkpointing:
             self._saver.save(snapshot(), {DURABLE})
             self._saver.wait()
             for outcome in self._saver.outcomes():
-                if outcome.report is None:
+                if isinstance(outcome, Outcome) and outcome.error:
                     raise outcome.error
                 self._report(outcome, monitor)
 
@@ -224,7 +224,11 @@ class Checkpointing:
             notes += self._hugging_face.after_save(report.path)
         return notes
 
-    def _report(self, outcome: Outcome, monitor: Monitor) -> None:
+    def _report(self, outcome: Outcome | Followed, monitor: Monitor) -> None:
+        if isinstance(outcome, Followed):
+            for line in (*outcome.notes, *([str(outcome.error)] if outcome.error else [])):
+                monitor.message(f"  {line}")
+            return
         report = outcome.report
         if outcome.tier == DURABLE:
             self._failed = report is None
@@ -233,11 +237,10 @@ class Checkpointing:
                 stall = report.seconds if stall is None else stall  # at the end, training waits for all of it
                 self._interval.took_save(stall, report.seconds)
                 monitor.checkpoint(CheckpointReport(outcome.step, report.path, report.seconds, stall, report.bytes))
-        for note in (*outcome.notes, *(report.problems if report else ())):
-            monitor.message(f"  {note}")
+        for problem in report.problems if report else ():
+            monitor.message(f"  {problem}")
         if outcome.error:
-            again = "" if report else "; training goes on, the next save tries again"
-            monitor.message(f"{outcome.error}{again}")
+            monitor.message(f"{outcome.error}; training goes on, the next save tries again")
 
 
 def _passed_over(reasons: list[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import torch
 from checkpoint_tools import fragments_of, on_ranks
 
 from megatron_ds.checkpoint.store import CheckpointStore, SaveReport, SingleProcess, open_checkpoint
-from megatron_ds.checkpoint.tiers import Snapshot, Tier, TieredSaver
+from megatron_ds.checkpoint.tiers import Followed, Outcome, Snapshot, Tier, TieredSaver
 from megatron_ds.errors import CheckpointError
 
 
@@ -54,7 +54,7 @@ def test_both_tiers_write_the_values_of_the_call(stores):
     for store in stores:
         for step, (values,) in store.saved.items():
             assert torch.equal(values, torch.full((1000,), float(step)))
-    assert sorted((o.tier, o.step) for o in saver.outcomes()) == [
+    assert sorted((o.tier, o.step) for o in saver.outcomes() if isinstance(o, Outcome)) == [
         ("durable", 1), ("durable", 3), ("local", 1), ("local", 2), ("local", 3)
     ]  # fmt: skip
     assert saver.outcomes() == []
@@ -90,9 +90,10 @@ def test_a_failed_save_is_an_outcome_and_the_next_one_is_tried(stores):
     for step in (1, 2):
         saver.save(snapshot(step, torch.ones(8)), {"durable"})
     saver.wait()
-    failed, good = saver.outcomes()
-    assert failed.report is None and failed.error is durable.error and failed.notes == ()
-    assert good.report is not None and good.error is None and good.notes == ("after 2",)
+    failed, good, followed = saver.outcomes()
+    assert failed.report is None and failed.error is durable.error
+    assert good.report is not None and good.error is None
+    assert followed == Followed(("after 2",), None)
     saver.close()
 
 
@@ -103,8 +104,8 @@ def test_what_follows_a_save_may_fail_without_undoing_it(stores):
     saver = saver_of(stores, after=after)
     saver.save(snapshot(1, torch.ones(8)), {"durable"})
     saver.wait()
-    (outcome,) = saver.outcomes()
-    assert outcome.report is not None and "no room" in str(outcome.error)
+    saved, followed = saver.outcomes()
+    assert saved.report is not None and saved.error is None and "no room" in str(followed.error)
     saver.close()
 
 
@@ -133,7 +134,7 @@ def test_ranks_meet_on_the_thread_of_the_store(tmp_path):
             time.sleep(0.01 * peers.rank)
             saver.save(Snapshot(step, [mine], {}, {"step": step}, {}, {}), {"durable"})
         saver.close()
-        return [(outcome.step, outcome.error) for outcome in saver.outcomes()]
+        return [(outcome.step, outcome.error) for outcome in saver.outcomes() if isinstance(outcome, Outcome)]
 
     assert on_ranks(3, train) == [[(1, None), (2, None), (3, None)]] * 3
     for step in (1, 2, 3):

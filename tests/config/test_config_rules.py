@@ -101,22 +101,47 @@ CASES = {
         ),
     ],
     "local_checkpoints_have_place_and_interval": [
-        ({"checkpoint.local_save": "/local"}, "checkpoint.local_save", "--local-save-interval",
-         {"checkpoint.local_save": "/local", "checkpoint.local_save_interval": 10}, 1),
+        (
+            {"checkpoint.local_save": "/local"},
+            "checkpoint.local_save",
+            "--local-save-interval",
+            {"checkpoint.local_save": "/local", "checkpoint.local_save_interval": 10},
+            1,
+        ),
         ({"checkpoint.local_save_interval": 10}, "checkpoint.local_save_interval", "--local-save DIR", {}, 1),
         ({"checkpoint.local_save_neighbour": True}, "checkpoint.local_save_neighbour", "--local-save DIR", {}, 1),
     ],
     "retention_has_a_number": [
-        ({"checkpoint.save_retain_interval": 10}, "checkpoint.save_retain_interval", "--keep-last",
-         {"checkpoint.save_retain_interval": 10, "checkpoint.keep_last": 1}, 1),
-        ({"checkpoint.keep_best": True}, "checkpoint.keep_best", "--keep-last",
-         {"checkpoint.keep_best": True, "checkpoint.keep_last": 3}, 1),
+        (
+            {"checkpoint.save_retain_interval": 10},
+            "checkpoint.save_retain_interval",
+            "--keep-last",
+            {"checkpoint.save_retain_interval": 10, "checkpoint.keep_last": 1},
+            1,
+        ),
+        (
+            {"checkpoint.keep_best": True},
+            "checkpoint.keep_best",
+            "--keep-last",
+            {"checkpoint.keep_best": True, "checkpoint.keep_last": 3},
+            1,
+        ),
     ],
     "the_best_is_measured": [
-        ({"checkpoint.save_hf": "best", "training.eval_interval": None}, "checkpoint.save_hf", "--eval-interval",
-         {"checkpoint.save_hf": "last", "training.eval_interval": None}, 1),
-        ({"checkpoint.keep_best": True, "checkpoint.keep_last": 1, "training.eval_interval": None},
-         "checkpoint.keep_best", "--eval-interval", {"checkpoint.keep_best": True, "checkpoint.keep_last": 1}, 1),
+        (
+            {"checkpoint.save_hf": "best", "training.eval_interval": None},
+            "checkpoint.save_hf",
+            "--eval-interval",
+            {"checkpoint.save_hf": "last", "training.eval_interval": None},
+            1,
+        ),
+        (
+            {"checkpoint.keep_best": True, "checkpoint.keep_last": 1, "training.eval_interval": None},
+            "checkpoint.keep_best",
+            "--eval-interval",
+            {"checkpoint.keep_best": True, "checkpoint.keep_last": 1},
+            1,
+        ),
     ],
     "finetuning_begins_with_weights": [
         (
