@@ -199,7 +199,7 @@ def _open_step(path: Path, peers: Peers, verify: bool) -> Checkpoint:
         manifest = Manifest.read(path)
         named = STEP_DIRECTORY.fullmatch(path.name)
         if named and int(named[1]) != manifest.step:
-            raise CheckpointError(f"holds step {manifest.step}; give it its name back")
+            raise CheckpointError(f"{MANIFEST}: is of step {manifest.step}; give the directory its name back")
         share = sorted(manifest.files)[peers.rank :: peers.world_size]
         require_whole(path, manifest, share, hashes=verify, listing=peers.rank == 0)
         return manifest

@@ -130,7 +130,7 @@ def swap_manifests_of_two_steps(step, name, chance):
     content = mine.read_bytes()
     mine.write_bytes(other.read_bytes())
     other.write_bytes(content)
-    return ("trainer.json",)
+    return (MANIFEST,)
 
 
 def make_a_pipe(step, name, chance):

@@ -115,5 +115,5 @@ def test_going_back_is_seen(tmp_path):
 def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "global_step1").rename(tmp_path / "global_step7")
-    with pytest.raises(CheckpointError, match="holds step 1"):
+    with pytest.raises(CheckpointError, match="is of step 1"):
         open_checkpoint(tmp_path)
