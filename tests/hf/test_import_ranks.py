@@ -6,10 +6,11 @@ import pytest
 import torch
 from ranks import run_ranks
 from tiny import build, parallel
-from tiny_checkpoint import MODELS, export_tiny, save_tiny
+from tiny_checkpoint import MODELS, export_tiny, load_stock, save_tiny
 
 from megatron_ds.checkpoint.pieces import Piece, covered
 from megatron_ds.config.model_schema import ModelConfig
+from megatron_ds.data.loader import Batch
 from megatron_ds.engine.state import fragments, restore_weights
 from megatron_ds.hf.reader import open_hugging_face
 
@@ -48,3 +49,37 @@ def test_every_layout_begins_with_the_models_weights(tmp_path, family, settings,
         pieces.setdefault(piece.name, []).append(piece)
     whole = {name: prod(shape) for name, shape in source.shapes().items()}
     assert {name: covered(found) for name, found in pieces.items()} == whole
+
+
+def evaluate(groups, directory, options):
+    """Tokens, and on the last stage their logits: the columns of this rank's part of the vocabulary."""
+    config, engine, weights = build(groups, options)
+    ours = config.megatron_ds
+    restore_weights(engine, weights, open_hugging_face(directory).weights(ours.model, ours.moe))
+    kept, objective = [], engine.objective
+
+    def recording(logits_BSV, batch):
+        kept.append(logits_BSV.clone())
+        return objective(logits_BSV, batch)
+
+    engine.objective = recording
+    shape = (config.gradient_accumulation_steps, ours.model.seq_length)
+    token_BS = torch.randint(ours.model.vocab_size, shape, generator=torch.Generator().manual_seed(3))
+    zeros_1S, position_1S = torch.zeros(1, shape[1], dtype=torch.long), torch.arange(shape[1])[None]
+    engine.evaluate([Batch(row, row, zeros_1S == 0, zeros_1S, position_1S) for row in token_BS.split(1)])
+    return token_BS, torch.cat(kept) if kept else None
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3", "qwen2", "mistral", "qwen3_moe", "ernie4_5_moe", "deepseek_v3", "deepseek_v2"]
+)
+@torch.no_grad()
+def test_logits_over_tensor_and_pipeline_ranks(tmp_path, family):
+    tiny = save_tiny(tmp_path / "trained", **MODELS[family])
+    directory = export_tiny(tiny, tmp_path / "model")
+    opened, layout = open_hugging_face(directory), {"tp": 2, "pp": 2, "stage": 1}
+    options = {"model": opened.model.model_dump(), "moe": opened.moe and opened.moe.model_dump(), "batch": 4, **layout}
+    results = run_ranks(evaluate, 4, directory, options, parallel=parallel(**layout))
+    token_BS, vocabulary = results[0][0], opened.model.vocab_size
+    logits_BSV = torch.cat([logits for _, logits in results if logits is not None], -1)[..., :vocabulary]
+    assert (logits_BSV - load_stock(directory)(token_BS).logits).abs().max() <= 2e-5
