@@ -58,7 +58,7 @@ def test_stopping_on_the_way_equals_the_straight_run(corpus, straight):
 
 def test_a_longer_context_begins_with_the_weights_alone_and_can_be_stopped_too(corpus, straight):
     said = launch(corpus, "python", 1, *LONGER, "--run-name", "longer", "--exit-interval", "2").stdout
-    assert "begins with the weights of step 9 in runs/straight/checkpoints" in said
+    assert "begins with the weights in runs/straight/checkpoints/global_step9" in said
     said = launch(corpus, "python", 1, *LONGER, "--run-name", "longer").stdout
     assert "resumed at step 2 from runs/longer/checkpoints" in said
     rows = ledger(corpus, "longer")
