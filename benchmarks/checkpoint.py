@@ -12,7 +12,7 @@ B. GB/s of the same state, of the slowest rank. Save: until it is durable, so fi
    loads; the others do not check.
 C. Bytes read from the disk beside bytes needed when the layout changes; ``checkpoint_reshard.py`` says what is counted.
 
-Needs 2 GiB of disk and 5 GiB of memory, takes about three minutes, and means something on a quiet machine only.
+Needs 2 GiB of disk and 5 GiB of memory, takes about five minutes, and means something on a quiet machine only.
 
     python benchmarks/checkpoint.py --check
 """

@@ -30,7 +30,7 @@ def test_stalls_and_throughput(tmp_path):
 
 
 def test_layouts_that_read(tmp_path, capsys, monkeypatch):
-    """Nobody reads less than it needs; a directory that is no disk is named."""
+    """What is needed is read, once for all that share a memory; a directory that is no disk is named."""
     monkeypatch.setattr(checkpoint_reshard, "READ_BY", ((2, 3), (1, 2)))
     report = harness.Report("")
     checkpoint_reshard.compare_layouts(report, tmp_path, scale=8)
@@ -38,7 +38,7 @@ def test_layouts_that_read(tmp_path, capsys, monkeypatch):
         assert capsys.readouterr().out == f"SKIPPED part C: {tmp_path} is not on a disk\n"
         return
     ratios = [measure.median for measure in report.measures]
-    assert len(ratios) == 3 and min(ratios) >= 1, "tensor ranks also alone"
+    assert len(ratios) == 3 and min(ratios) > 0.99, "tensor ranks also alone"
 
 
 def test_parts_of_a_layout_tile_the_tensors():
