@@ -9,6 +9,7 @@ Pure arithmetic and tensor views: no files, no ranks.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 import torch
@@ -145,6 +146,33 @@ def range_boxes(box: Box, start: int, length: int, offset: int = 0) -> Iterator[
             for part, part_offset in range_boxes(inner, skipped, taken, offset):
                 yield ((lo + row, lo + row + 1), *part), part_offset
         start, length, offset = start + taken, length - taken, offset + taken
+
+
+def contiguous_runs(shape: tuple[int, ...], box: Box) -> Iterator[tuple[int, int]]:
+    """First element and number of elements of every run that a box is in a row-major tensor, in order."""
+    inner = len(shape)
+    while inner and box[inner - 1] == (0, shape[inner - 1]):
+        inner -= 1
+    if not inner:
+        yield 0, prod(shape)
+        return
+    unit, (lo, hi) = prod(shape[inner:]), box[inner - 1]
+    for index in product(*(range(*side) for side in box[: inner - 1])):
+        row = 0
+        for place, size in zip(index, shape):
+            row = row * size + place
+        yield (row * shape[inner - 1] + lo) * unit, (hi - lo) * unit
+
+
+def shared_runs(want: Piece, have: Piece) -> Iterator[tuple[int, int]]:
+    """First element and number of elements of every run of the values of ``have`` that are also in ``want``."""
+    for want_box, _ in range_boxes(want.box, want.start, want.length):
+        for have_box, offset in range_boxes(have.box, have.start, have.length):
+            common = intersection(want_box, have_box)
+            if common is not None:
+                inside = tuple((lo - edge, hi - edge) for (lo, hi), (edge, _) in zip(common, have_box))
+                for first, count in contiguous_runs(sizes(have_box), inside):
+                    yield offset + first, count
 
 
 def intersection(a: Box, b: Box) -> Box | None:

@@ -1,7 +1,7 @@
 """Reading: whole tensors, or just what one rank needs, from however many pieces they were stored in.
 
 The header of every shard says which piece each of its tensors is, so the index of a checkpoint is built from headers
-alone; values are memory-mapped and only the pages that a request overlaps are touched. A mapping lives no longer than
+alone; values are memory-mapped and only the pages that a request overlaps are read. A mapping lives no longer than
 the copy of one block, since pages that were touched count as memory of the process until then: reading all of a model
 takes no more than what the caller keeps. How the run was split when it wrote does not matter here. Whether the files
 are intact does not either: ``store`` has settled that before.
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ds.checkpoint.manifest import Manifest
-from megatron_ds.checkpoint.pieces import Box, Piece, covered, place, whole
+from megatron_ds.checkpoint.pieces import Box, Piece, covered, place, shared_runs, whole
 from megatron_ds.errors import CheckpointError
 
 SHARD, RANK_STATE = "shard_{rank:05d}_{part:03d}.safetensors", "rank_{rank:05d}.safetensors"
@@ -36,6 +36,14 @@ PIECES = "pieces"
 PIECES_JSON = TypeAdapter(dict[str, Piece])
 BLOCK_BYTES = 32 << 20
 """Most that is copied from a file before it is unmapped."""
+AHEAD_BYTES = 1 << 20
+"""Most that is asked for at once; Linux ignores what is beyond the largest request that the disk takes."""
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+"""By their names in a safetensors header."""
 
 
 class WeightSource(Protocol):
@@ -174,13 +182,14 @@ class Checkpoint:
 
     def _pieces(self, file: str) -> list[Stored]:
         """What a shard's header says that it holds."""
+        offsets = _offsets(self.path / file)  # first, as this reads no more than the header
         with self._open(file) as shard:
             try:
                 pieces = PIECES_JSON.validate_json(shard.metadata()[PIECES])
                 slices = {key: shard.get_slice(key) for key in pieces}
                 fits = all(slices[key].get_shape() == [piece.length] for key, piece in pieces.items())
-                dtypes = {key: values[:0].dtype for key, values in slices.items()}
-                offsets = _offsets(self.path / file)
+                # Not that of an empty slice: it would read the page where the values begin, and all that is ahead.
+                dtypes = {key: DTYPES[values.get_dtype()] for key, values in slices.items()}
             except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
                 raise CheckpointError(f"{self.path / file}: unreadable piece descriptions ({error})") from error
         if not fits:
@@ -198,13 +207,19 @@ class Checkpoint:
         """Copy what the pieces hold of ``want`` into ``values``; how many elements none of them holds."""
         filled = torch.zeros(want.length, dtype=torch.bool)
         for source in stored:
-            if _may_overlap(want, source.piece) and not place(values, filled, want, self._map(source), source.piece):
+            if _may_overlap(want, source.piece) and not place(
+                values, filled, want, self._map(source, want), source.piece
+            ):
                 place_of = f"{self.path / source.file}: {want.kind} of {want.name}"
                 raise CheckpointError(f"{place_of} contradicts another piece of it")
         return want.length - int(torch.count_nonzero(filled))
 
-    def _map(self, stored: Stored) -> Tensor:
-        """The piece's values, 1-D: pages are read when they are touched, and given back with the tensor."""
+    def _map(self, stored: Stored, want: Piece) -> Tensor:
+        """The piece's values, 1-D: pages are given back with the tensor; those that ``want`` shares are being read.
+
+        Asking for them by range makes the disk read just these: a page that is touched before would bring everything
+        around it along, as far as the system reads ahead (up to megabytes).
+        """
         before = stored.offset % mmap.ALLOCATIONGRANULARITY
         size = before + stored.piece.length * stored.dtype.itemsize
         path = self.path / stored.file
@@ -212,6 +227,10 @@ class Checkpoint:
             with path.open("rb") as file:
                 # A private copy, of which nothing is ever written: torch wants a buffer that it could write to.
                 pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=stored.offset - before)
+            for first, count in shared_runs(want, stored.piece):
+                begin, end = (before + element * stored.dtype.itemsize for element in (first, first + count))
+                for start in range(begin - begin % mmap.PAGESIZE, end, AHEAD_BYTES):
+                    pages.madvise(mmap.MADV_WILLNEED, start, min(AHEAD_BYTES, end - start))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: unreadable ({error})") from error
         return torch.frombuffer(pages, dtype=stored.dtype, count=stored.piece.length, offset=before)
@@ -230,11 +249,15 @@ class Checkpoint:
 
 
 def _offsets(path: Path) -> dict[str, int]:
-    """Where in a safetensors file each tensor begins; ``safe_open`` has checked the header and does not tell."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    return {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
+    """Where in a safetensors file each tensor begins, which ``safe_open`` does not tell; nothing is read ahead."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+            pages.madvise(mmap.MADV_RANDOM)
+            begin = 8 + int.from_bytes(pages[:8], "little")
+            header = json.loads(pages[8:begin])
+        return {key: begin + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: unreadable ({error})") from error
 
 
 def _may_overlap(want: Piece, have: Piece) -> bool:

@@ -8,10 +8,8 @@ come with a factor for every block; only the blocks that a part overlaps are mul
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
-from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_ds.checkpoint.pieces import Box, sizes, volume
+from megatron_ds.checkpoint.pieces import Box, contiguous_runs, sizes, volume
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.pickles import read_pickled_tensors
 
@@ -142,22 +140,6 @@ def open_tensors(directory: Path, block: tuple[int, int] | None = None) -> dict[
         name = next((name for name in (PICKLED, DEEPSPEED) if _has(directory, name)), None) or _only_pickle(directory)
         stored = _read_all(directory, name, _pickled)
     return _with_factors(directory, stored, block)
-
-
-def contiguous_runs(shape: tuple[int, ...], box: Box) -> Iterator[tuple[int, int]]:
-    """First element and number of elements of every run that a box is in a row-major tensor, in order."""
-    inner = len(shape)
-    while inner and box[inner - 1] == (0, shape[inner - 1]):
-        inner -= 1
-    if not inner:
-        yield 0, prod(shape)
-        return
-    unit, (lo, hi) = prod(shape[inner:]), box[inner - 1]
-    for index in product(*(range(*side) for side in box[: inner - 1])):
-        row = 0
-        for place, size in zip(index, shape):
-            row = row * size + place
-        yield (row * shape[inner - 1] + lo) * unit, (hi - lo) * unit
 
 
 def first_few(names: list[str]) -> str:

@@ -6,7 +6,7 @@ from checkpoint_tools import SHAPES, any_bits, cut, fragments_of, requests, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ds.checkpoint.pieces import Fragment, Piece, covered, place, whole
+from megatron_ds.checkpoint.pieces import Fragment, Piece, covered, place, shared_runs, whole
 
 
 def join(want, fragments, dtype):
@@ -44,6 +44,20 @@ def test_a_missing_fragment_is_a_gap_where_it_was(data):
     part.copy_(hole.view(part.shape))
     assert torch.equal(filled.view(shape), expected)
     assert covered([fragment.piece for fragment in kept]) == tensor.numel() - lost.tensor.numel()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_shared_runs_are_what_a_request_needs_of_a_piece(data):
+    shape = data.draw(SHAPES)
+    box, start, length = data.draw(requests(shape))
+    want = Piece("w", "weight", shape, box, start, length)
+    numbers = torch.arange(torch.Size(shape).numel()).view(shape)
+    for have in data.draw(splits(numbers)):
+        runs = [have.tensor[first : first + count] for first, count in shared_runs(want, have.piece)]
+        assert all(run.numel() for run in runs)
+        wanted = set(cut(numbers, box)[start : start + length].tolist())
+        assert sorted(number for run in runs for number in run.tolist()) == sorted(wanted & set(have.tensor.tolist()))
 
 
 def test_a_second_copy_must_have_the_same_bits():

@@ -10,12 +10,11 @@ from importing import difference, edit_config, edit_tensors, imported, save_stoc
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import random_tokens
 
-from megatron_ds.checkpoint.pieces import whole
+from megatron_ds.checkpoint.pieces import contiguous_runs, whole
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.hf import tensors
 from megatron_ds.hf.reader import open_hugging_face
 from megatron_ds.hf.sections import read_sections, run_defaults
-from megatron_ds.hf.tensors import contiguous_runs
 from megatron_ds.model.decoder import Decoder
 
 TOLERANCE = 2e-5
