@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from megatron_ds.checkpoint.pieces import Fragment, whole
 from megatron_ds.checkpoint.store import CheckpointStore
 from megatron_ds.checkpoint.tiers import Snapshot, Tier, TieredSaver
+from megatron_ds.checkpoint.writing import Content
 from megatron_ds.config.schema import ParallelConfig
 from megatron_ds.parallel.groups import Groups, distributed
 from megatron_ds.parallel.peers import NodePeers
@@ -59,7 +60,7 @@ class Tiered:
         self._saver, self._fragments = TieredSaver([Tier("durable", store)]), fragments
 
     def save(self) -> None:
-        snapshot = Snapshot(0, self._fragments, {}, {}, {}, {})
+        snapshot = Snapshot(0, self._fragments, Content(rank_state={}, trainer={}, config={}))
         self._saver.save(snapshot, ["durable"])
 
     def wait(self) -> None:

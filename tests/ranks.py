@@ -1,9 +1,11 @@
 """Run a function on several gloo ranks, in processes that stay warm between tests.
 
 Importing torch and DeepSpeed costs seconds, so a server does it once and forks all workers, and each world size keeps
-its workers for the whole test session. A call sends a picklable function and its arguments to every worker, which makes
-the groups of its layout unless the last call had the same, runs it and sends back what it returned. The first failure
-is raised with the rank's traceback, a worker that dies or hangs fails the test and the pool is started anew.
+its workers for the whole test session. Between calls they are stopped: their groups have threads that wake up all the
+time, and those of all pools together would take a core. A call sends a picklable function and its arguments to every
+worker, which makes the groups of its layout unless the last call had the same, runs it and sends back what it returned.
+The first failure is raised with the rank's traceback, a worker that dies or hangs fails the test and the pool is
+started anew.
 
     def work(groups, x): ...
     results = run_ranks(work, 4, x, parallel={"pipeline_model_parallel_size": 2})
@@ -14,6 +16,7 @@ import contextlib
 import gc
 import os
 import secrets
+import signal
 import socket
 import time
 import traceback
@@ -46,6 +49,7 @@ class Pool:
 
     def call(self, function, arguments, options, timeout):
         """Run on all ranks and return their results in rank order."""
+        self._signal(signal.SIGCONT)
         for pipe in self.pipes:
             pipe.send((function, arguments, options))
         answers, deadline = {}, time.monotonic() + timeout
@@ -64,7 +68,13 @@ class Pool:
             raise RankError(
                 f"no answer within {timeout} s from ranks {sorted(set(range(len(self.pipes))) - set(answers))}"
             )
+        self._signal(signal.SIGSTOP)
         return [answers[rank][1] for rank in range(len(self.pipes))]
+
+    def _signal(self, number):
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):  # whoever died is noticed where its answer is missed
+                os.kill(process.pid, number)
 
     def _answer(self, rank):
         """(True, result) or (False, traceback); None while there is no answer."""

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-
-from torch import Tensor
+from typing import Unpack
 
 from megatron_ds.checkpoint.agreement import NodePeers, agree, on_leaders, on_rank_0
 from megatron_ds.checkpoint.fetch import carry_out, copies, fetches
@@ -35,10 +34,11 @@ from megatron_ds.checkpoint.pieces import Fragment
 from megatron_ds.checkpoint.reader import CONFIG, TRAINER, Checkpoint
 from megatron_ds.checkpoint.writing import (
     MAX_FILE_BYTES,
+    Content,
     SaveReport,
     complete,
     discard,
-    encode_json,
+    documents,
     remove,
     summary,
     write_extras,
@@ -76,16 +76,7 @@ class LocalStore:
         self._leads = peers.rank == peers.node_ranks[0]
         self._whole: dict[int, Whole] = {}
 
-    def save(
-        self,
-        step: int,
-        fragments: Iterable[Fragment],
-        *,
-        rank_state: dict[str, Tensor],
-        trainer: dict,
-        config: dict,
-        extra_files: dict[str, Path] | None = None,
-    ) -> SaveReport:
+    def save(self, step: int, fragments: Iterable[Fragment], **content: Unpack[Content]) -> SaveReport:
         """Write step ``step``, replacing one that exists, and remove what is older than the newest ``keep``.
 
         Arguments as for ``CheckpointStore.save``; ``extra_files`` go into the part of rank 0's node. CheckpointError on
@@ -93,19 +84,18 @@ class LocalStore:
         neighbour that fails, or an old checkpoint that cannot be removed, is told in the report's ``problems``.
         """
         began = time.monotonic()
-        documents = {TRAINER: encode_json(trainer), CONFIG: encode_json(config)}
         action = f"saving step {step} to {self.directory} failed"
         final, temporary, save = self._home / f"global_step{step}", self._home / f"global_step{step}.tmp", None
 
         def write() -> dict[str, FileEntry]:
-            return write_share(temporary, self.peers.rank, fragments, rank_state, self.max_file_bytes)
+            return write_share(temporary, self.peers.rank, fragments, content["rank_state"], self.max_file_bytes)
 
         self._whole = {}
         try:
-            known, save, documents = self._begin(action, step, documents)
+            known, save, papers = self._begin(action, step, documents(content))
             on_leaders(self.peers, action, lambda: self._prepare(temporary, known))
             shares = self.peers.gather_objects(agree(self.peers, action, write))
-            extras = (documents, extra_files or {})
+            extras = (papers, content.get("extra_files"))
             manifests = on_leaders(self.peers, action, lambda: self._complete(temporary, save, shares, *extras))
             self._check_pieces(action, temporary, manifests)
             on_leaders(self.peers, action, lambda: _publish(temporary, final))
@@ -198,11 +188,11 @@ class LocalStore:
         save: Save,
         shares: list[dict[str, FileEntry]],
         documents: dict[str, bytes],
-        extra_files: dict[str, Path],
+        extra_files: dict[str, Path] | None,
     ) -> Manifest:
         """Add to the files of this node's ranks what makes them a part."""
         files = {name: entry for rank in self.peers.node_ranks for name, entry in shares[rank].items()}
-        extra_files = extra_files if self.peers.rank == 0 else {}
+        extra_files = extra_files if self.peers.rank == 0 else None
         files |= write_extras(temporary, documents, extra_files, taken=set().union(*shares))
         part = NodePart(save=save.identity, sequence=save.sequence, node=self.peers.node, nodes=save.nodes)
         manifest = Manifest(step=save.step, world_size=save.world_size, files=files, part=part)

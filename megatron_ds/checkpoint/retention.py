@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ds.checkpoint.agreement import on_rank_0
 from megatron_ds.checkpoint.reader import TRAINER
-from megatron_ds.checkpoint.store import STEP_DIRECTORY, CheckpointStore, on_rank_0, open_checkpoint, remove
+from megatron_ds.checkpoint.store import STEP_DIRECTORY, CheckpointStore, open_checkpoint
+from megatron_ds.checkpoint.writing import discard
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Retention:
         if not surplus:
             return []
         open_checkpoint(store.directory / f"global_step{newest}", peers=store.peers)
-        on_rank_0(store.peers, action, lambda: [_discard(store.directory / f"global_step{step}") for step in surplus])
+        on_rank_0(store.peers, action, lambda: [discard(store.directory / f"global_step{step}") for step in surplus])
         return [f"removed the checkpoints of steps {', '.join(map(str, surplus))}"]
 
 
@@ -73,10 +75,3 @@ def validation_loss(trainer: dict) -> float | None:
     """Mean over the validation sets, at the last evaluation before this state of the trainer; None without one."""
     values = list((trainer.get("eval") or {}).values())
     return sum(values) / len(values) if values else None
-
-
-def _discard(path: Path) -> None:
-    """Remove a checkpoint; first its name goes, so that one that is half removed is never taken for one."""
-    leaving = path.with_name(f"{path.name}.tmp")
-    path.rename(leaving)
-    remove(leaving)

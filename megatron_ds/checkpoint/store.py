@@ -13,18 +13,18 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-
-from torch import Tensor
+from typing import Unpack
 
 from megatron_ds.checkpoint.agreement import Peers, SingleProcess, agree, on_rank_0
 from megatron_ds.checkpoint.manifest import MANIFEST, FileEntry, Manifest, replace_file, sync_directory
 from megatron_ds.checkpoint.pieces import Fragment
-from megatron_ds.checkpoint.reader import CONFIG, TRAINER, Checkpoint
+from megatron_ds.checkpoint.reader import Checkpoint
 from megatron_ds.checkpoint.writing import (
     MAX_FILE_BYTES,
+    Content,
     SaveReport,
     complete,
-    encode_json,
+    documents,
     remove,
     require_whole,
     write_extras,
@@ -44,34 +44,23 @@ class CheckpointStore:
         self.peers = peers
         self.max_file_bytes = max_file_bytes
 
-    def save(
-        self,
-        step: int,
-        fragments: Iterable[Fragment],
-        *,
-        rank_state: dict[str, Tensor],
-        trainer: dict,
-        config: dict,
-        extra_files: dict[str, Path] | None = None,
-    ) -> SaveReport:
+    def save(self, step: int, fragments: Iterable[Fragment], **content: Unpack[Content]) -> SaveReport:
         """Write ``global_step{step}``, replacing one that exists.
 
-        ``fragments`` and ``rank_state`` are this rank's; producing them must not need another rank, which may have
-        failed already. ``trainer``, ``config`` (both JSON) and ``extra_files`` (name in the checkpoint -> file or
-        folder to copy) count on rank 0. CheckpointError on every rank when any rank fails; earlier checkpoints stay
-        as they were and nothing is left behind. A replaced step survives until its successor is in place.
+        ``fragments`` are this rank's; producing them must not need another rank, which may have failed already.
+        CheckpointError on every rank when any rank fails; earlier checkpoints stay as they were and nothing is left
+        behind. A replaced step survives until its successor is in place.
         """
         began = time.monotonic()
         final = self.directory / f"global_step{step}"
         temporary = self.directory / f"{final.name}.tmp"
-        documents = {TRAINER: encode_json(trainer), CONFIG: encode_json(config)}
         action = f"saving {final} failed"
 
         def write() -> dict[str, FileEntry]:
-            return write_share(temporary, self.peers.rank, fragments, rank_state, self.max_file_bytes)
+            return write_share(temporary, self.peers.rank, fragments, content["rank_state"], self.max_file_bytes)
 
         def commit(files: dict[str, FileEntry]) -> int:
-            files |= write_extras(temporary, documents, extra_files or {}, taken=files)
+            files |= write_extras(temporary, documents(content), content.get("extra_files"), taken=files)
             manifest = Manifest(step=step, world_size=self.peers.world_size, files=files)
             size = complete(temporary, manifest)
             Checkpoint(temporary, manifest).check_pieces()

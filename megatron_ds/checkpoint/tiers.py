@@ -9,32 +9,20 @@ ranks of a store meet on its thread. A save that fails costs nothing but itself:
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from queue import LifoQueue, SimpleQueue
 from threading import Lock
-from typing import Protocol
-
-from torch import Tensor
+from typing import Protocol, Unpack
 
 from megatron_ds.checkpoint.pieces import Fragment
 from megatron_ds.checkpoint.staging import Staging
-from megatron_ds.checkpoint.store import SaveReport
+from megatron_ds.checkpoint.writing import Content, SaveReport
 from megatron_ds.errors import MegatronError
 
 
 class Store(Protocol):
     """A place for checkpoints; every rank calls it."""
 
-    def save(
-        self,
-        step: int,
-        fragments: Iterable[Fragment],
-        *,
-        rank_state: dict[str, Tensor],
-        trainer: dict,
-        config: dict,
-        extra_files: dict[str, Path] | None = None,
-    ) -> SaveReport:
+    def save(self, step: int, fragments: Iterable[Fragment], **content: Unpack[Content]) -> SaveReport:
         """Write a checkpoint; CheckpointError on every rank when it fails on one."""
         ...
 
@@ -45,10 +33,7 @@ class Snapshot:
 
     step: int
     fragments: Iterable[Fragment]
-    rank_state: dict[str, Tensor]
-    trainer: dict
-    config: dict
-    extra_files: dict[str, Path]
+    content: Content
 
 
 @dataclass(frozen=True)
@@ -137,7 +122,7 @@ class TieredSaver:
     def _write(self, tier: Tier, snapshot: Snapshot, done: "_Countdown") -> None:
         report, error = None, None
         try:
-            report = tier.store.save(**vars(snapshot))
+            report = tier.store.save(snapshot.step, snapshot.fragments, **snapshot.content)
         except MegatronError as raised:
             error = raised
         finally:

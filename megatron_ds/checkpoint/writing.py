@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,13 +25,26 @@ from megatron_ds.checkpoint.manifest import (
     write_sealed,
 )
 from megatron_ds.checkpoint.pieces import Fragment
-from megatron_ds.checkpoint.reader import PIECES, PIECES_JSON, RANK_STATE, SHARD
+from megatron_ds.checkpoint.reader import CONFIG, PIECES, PIECES_JSON, RANK_STATE, SHARD, TRAINER
 from megatron_ds.errors import CheckpointError
 
 MAX_FILE_BYTES = 4 << 30
 """Most that one shard takes, unless a single fragment is larger."""
 MAX_PROBLEMS = 5
 """Damaged files that one message names."""
+
+
+class Content(TypedDict):
+    """What a checkpoint holds beside tensors of the model; all but the first counts on rank 0."""
+
+    rank_state: dict[str, Tensor]
+    """Random states of this rank."""
+    trainer: dict
+    """Counters of the run, as JSON."""
+    config: dict
+    """The resolved configuration, as JSON."""
+    extra_files: NotRequired[dict[str, Path] | None]
+    """Name in the checkpoint -> file or folder to copy."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +72,11 @@ def write_share(
 
 
 def write_extras(
-    directory: Path, documents: dict[str, bytes], extra_files: dict[str, Path], taken: Iterable[str]
+    directory: Path, documents: dict[str, bytes], extra_files: dict[str, Path] | None, taken: Iterable[str]
 ) -> dict[str, FileEntry]:
     """Write the documents and copy the extra files and folders into the checkpoint; their entries."""
     files = {name: write_sealed(directory / name, content) for name, content in documents.items()}
-    for name, source in extra_files.items():
+    for name, source in (extra_files or {}).items():
         parts = {f"{name}/{part}": source / part for part in list_names(source)} if source.is_dir() else {name: source}
         for part, origin in parts.items():
             target = directory / plain_name(part)
@@ -114,9 +128,10 @@ def discard(path: Path) -> None:
     remove(leaving)
 
 
-def encode_json(content: dict) -> bytes:
-    """The bytes of a document."""
-    return json.dumps(content, indent=2).encode()
+def documents(content: Content) -> dict[str, bytes]:
+    """What is written as JSON, by the names of the files."""
+    trees = {TRAINER: content["trainer"], CONFIG: content["config"]}
+    return {name: json.dumps(tree, indent=2).encode() for name, tree in trees.items()}
 
 
 def _batches(fragments: Iterable[Fragment], limit: int) -> Iterator[list[Fragment]]:

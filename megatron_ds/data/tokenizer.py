@@ -34,6 +34,12 @@ SPLIT_PATTERN = (
 """Merges never cross these pieces; the pattern of GPT-4, Llama 3 and Qwen 2 with their limit of three digits."""
 
 
+def kept_files(directory: str | Path | None) -> dict[str, Path]:
+    """What a checkpoint keeps of a tokenizer, by name in the checkpoint: an export needs it, wherever it is made."""
+    files = {f"tokenizer/{name}": Path(directory) / name for name in FILES} if directory is not None else {}
+    return {name: path for name, path in files.items() if path.is_file()}
+
+
 class Tokenizer:
     """A tokenizer and what its folder says about it (tokenizer_config.json)."""
 

@@ -17,7 +17,7 @@ from megatron_ds.checkpoint.pieces import Fragment, whole
 from megatron_ds.checkpoint.store import CheckpointStore, SingleProcess
 from megatron_ds.config.resolve import resolve
 from megatron_ds.config.schema import RunConfig
-from megatron_ds.data.tokenizer import FILES
+from megatron_ds.data.tokenizer import kept_files
 from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.hf.plan import ROUNDED, inside_layer
 from megatron_ds.hf.reader import HuggingFaceModel, HuggingFaceWeights, open_hugging_face
@@ -78,7 +78,7 @@ def import_model(directory: Path, output: Path, tokenizer: Path | None = None) -
         rank_state=generator_state(torch.device("cpu")),
         trainer=TRAINER | {ROUNDED: _rounded(opened)},
         config=_config(opened, files).model_dump(mode="json"),
-        extra_files={f"tokenizer/{name}": files.directory / name for name in _names(files)} if files else None,
+        extra_files=kept_files(files.directory if files else None),
     )
     return Imported(opened.sections.target.model_type, saved.path, numel, weights.notes + notes)
 
@@ -114,10 +114,6 @@ def _tokenizer(directory: Path, opened: HuggingFaceModel, *, required: bool) -> 
         if required:
             raise
         return None, [f"without a tokenizer: {error}"]
-
-
-def _names(files: TokenizerFiles) -> list[str]:
-    return [name for name in FILES if (files.directory / name).is_file()]
 
 
 def _config(opened: HuggingFaceModel, files: TokenizerFiles | None) -> RunConfig:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_ds.checkpoint.reader import Checkpoint, WeightSource
 from megatron_ds.checkpoint.tiers import Snapshot
+from megatron_ds.checkpoint.writing import Content
 from megatron_ds.config.batch_plan import BatchPlan, batch_plan
 from megatron_ds.config.load import LoadedConfig
 from megatron_ds.config.lr_plan import warmup_tokens
@@ -111,18 +112,20 @@ class Run:
         return Snapshot(
             self.step,
             fragments(self.engine, self.weights, self.average),
-            rank_state=generator_state(self.groups.device),
-            trainer={
-                "step": self.step,
-                "consumed_samples": self.consumed_samples,
-                "consumed_tokens": self.consumed_tokens,
-                "train_loss": self.train_loss,
-                "eval": self.eval_losses,
-                "engine": counters(self.engine),
-                "wandb_run_id": self.monitor.run_id,
-            },
-            config=self.config.model_dump(mode="json"),
-            extra_files=tokenizer_files(self.config.megatron_ds.data),
+            Content(
+                rank_state=generator_state(self.groups.device),
+                trainer={
+                    "step": self.step,
+                    "consumed_samples": self.consumed_samples,
+                    "consumed_tokens": self.consumed_tokens,
+                    "train_loss": self.train_loss,
+                    "eval": self.eval_losses,
+                    "engine": counters(self.engine),
+                    "wandb_run_id": self.monitor.run_id,
+                },
+                config=self.config.model_dump(mode="json"),
+                extra_files=tokenizer.kept_files(self.config.megatron_ds.data.tokenizer),
+            ),
         )
 
     def save(self) -> None:
@@ -291,14 +294,6 @@ def resolve_vocabulary(config: RunConfig) -> RunConfig:
         return config
     loaded = tokenizer.Tokenizer.load(data.tokenizer)
     return with_vocabulary(config, loaded.vocab_size, loaded.eod_id)
-
-
-def tokenizer_files(data: DataConfig) -> dict[str, Path]:
-    """What a checkpoint keeps of the tokenizer, by name in the checkpoint: an export needs it, wherever it is made."""
-    if data.tokenizer is None:
-        return {}
-    files = {f"tokenizer/{name}": Path(data.tokenizer) / name for name in tokenizer.FILES}
-    return {name: path for name, path in files.items() if path.is_file()}
 
 
 def run_facts(config: RunConfig, groups: Groups) -> RunFacts:

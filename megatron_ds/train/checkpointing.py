@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, Unpack
 
 from megatron_ds.checkpoint.agreement import on_rank_0
 from megatron_ds.checkpoint.local import LocalStore
@@ -21,7 +21,7 @@ from megatron_ds.checkpoint.reader import Checkpoint, WeightSource
 from megatron_ds.checkpoint.retention import Retention
 from megatron_ds.checkpoint.store import CheckpointStore, open_checkpoint
 from megatron_ds.checkpoint.tiers import Followed, Outcome, Snapshot, Tier, TieredSaver
-from megatron_ds.checkpoint.writing import SaveReport
+from megatron_ds.checkpoint.writing import Content, SaveReport
 from megatron_ds.config.schema import RunConfig
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.hf.reader import open_hugging_face
@@ -61,7 +61,7 @@ class _OwnedStore:
     store: CheckpointStore
     lock: _Lock
 
-    def save(self, step: int, fragments: Iterable[Fragment], **content: Any) -> SaveReport:
+    def save(self, step: int, fragments: Iterable[Fragment], **content: Unpack[Content]) -> SaveReport:
         def require_held() -> None:
             if not self.lock.held:
                 raise CheckpointError("another job has taken the directory over; stop one of the two")

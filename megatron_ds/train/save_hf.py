@@ -20,7 +20,8 @@ from typing import Literal
 
 from megatron_ds.checkpoint.reader import TRAINER
 from megatron_ds.checkpoint.retention import validation_loss
-from megatron_ds.checkpoint.store import open_checkpoint, remove
+from megatron_ds.checkpoint.store import open_checkpoint
+from megatron_ds.checkpoint.writing import discard, remove
 from megatron_ds.config.schema import RunConfig
 from megatron_ds.errors import CheckpointError, ConfigError, run_main
 from megatron_ds.hf.decoder import read_config
@@ -68,7 +69,7 @@ class HuggingFaceSaver:
         Raises CheckpointError or ConfigError, in one line, when it could not be made: earlier exports are as they were.
         """
         try:
-            for leftover in self.directory.glob(".global_step*"):
+            for leftover in (*self.directory.glob(".global_step*"), *self.directory.glob("global_step*.tmp")):
                 remove(leftover)
             if self.when == "best":
                 loss = validation_loss(json.loads((checkpoint / TRAINER).read_bytes()))
@@ -88,12 +89,10 @@ class HuggingFaceSaver:
         return [path for path in self.directory.glob("global_step*") if EXPORT.fullmatch(path.name)]
 
     def _keep_only(self, output: Path) -> None:
-        """Remove all other exports; first their names go, so that one that is half removed is never taken for one."""
+        """Remove all other exports."""
         for path in self._exports():
             if path not in (output, mtp_directory(output)):
-                leaving = path.with_name(f".{path.name}.old")
-                path.rename(leaving)
-                remove(leaving)
+                discard(path)
 
 
 def export_apart(checkpoint: Path, output: Path) -> None:

@@ -214,3 +214,25 @@ def requests(draw, shape):
     count = torch.Size(hi - lo for lo, hi in box).numel()
     lo, hi = sorted(draw(st.tuples(st.integers(0, count), st.integers(0, count))))
     return box, lo, hi - lo
+
+
+def damage(path, chance, files):
+    """Change a file in one of seven ways, ``files`` being all of its checkpoint; the file that must be named."""
+    content = path.read_bytes()
+    kind = chance.choice(["flip", "flip", "flip", "truncate", "delete", "append", "extra", "swap"])
+    if kind == "flip":
+        changed = bytearray(content)
+        changed[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(changed)
+    elif kind == "truncate":
+        path.write_bytes(content[: chance.randrange(len(content))])
+    elif kind == "delete":
+        path.unlink()
+    elif kind == "append":
+        path.write_bytes(content + bytes([chance.randrange(256)]))
+    elif kind == "swap":
+        path.write_bytes(chance.choice([file for file in files if file.read_bytes() != content]).read_bytes())
+    else:
+        path = path.with_name("zzz")
+        path.write_bytes(b"")
+    return path

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_tools import fragments_of, on_ranks, same_bits
+from checkpoint_tools import damage, fragments_of, on_ranks, same_bits
 from local_tools import all_of, directories, found, on_any_disk, save, save_of, store_of, tensor_of, value_in
 
 from megatron_ds.checkpoint.manifest import Manifest
@@ -272,27 +272,6 @@ def test_three_hundred_random_mutations_are_all_found(tmp_path):
     chance = random.Random(0)
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
 
-    def mutate(path):
-        """Damage a file; the file that must be named."""
-        content = path.read_bytes()
-        kind = chance.choice(["flip", "flip", "truncate", "delete", "append", "extra", "swap"])
-        if kind == "flip":
-            changed = bytearray(content)
-            changed[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-            path.write_bytes(changed)
-        elif kind == "truncate":
-            path.write_bytes(content[: chance.randrange(len(content))])
-        elif kind == "delete":
-            path.unlink()
-        elif kind == "append":
-            path.write_bytes(content + b"\0")
-        elif kind == "swap":
-            path.write_bytes(chance.choice([f for f in files if f.read_bytes() != content]).read_bytes())
-        else:
-            path = path.with_name("zzz")
-            path.write_bytes(b"")
-        return path
-
     def steps(peers):
         found_steps, lines = store_of(tmp_path, peers).steps()
         return found_steps, on_any_disk(lines)
@@ -300,7 +279,7 @@ def test_three_hundred_random_mutations_are_all_found(tmp_path):
     for _ in range(300):
         target = chance.choice(files)
         content, node, part = target.read_bytes(), int(target.relative_to(tmp_path).parts[0][-1]), target.parent
-        damaged = mutate(target)
+        damaged = damage(target, chance, files)
         results = on_ranks([2, 1], steps)
         assert results[0] == results[1] == results[2]
         assert results[0][0] == [2, 1], "the copy, or the original, is left"

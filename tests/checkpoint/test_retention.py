@@ -91,7 +91,7 @@ def test_half_a_removal_is_no_checkpoint(tmp_path, monkeypatch):
     def stop(path):
         raise OSError("killed")
 
-    monkeypatch.setattr("megatron_ds.checkpoint.retention.remove", stop)
+    monkeypatch.setattr("megatron_ds.checkpoint.writing.shutil.rmtree", stop)
     with pytest.raises(CheckpointError, match="killed"):
         Retention(keep_last=1).apply(store, 2)
     monkeypatch.undo()

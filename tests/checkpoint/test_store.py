@@ -14,6 +14,7 @@ from checkpoint_tools import (
     SHAPES,
     any_bits,
     cut,
+    damage,
     fragments_of,
     on_ranks,
     requests,
@@ -471,32 +472,10 @@ def test_a_thousand_random_mutations_are_all_found(tmp_path):
     files = sorted(path for path in step.rglob("*") if path.is_file())
     assert len(files) > 8
 
-    def mutate(path):
-        """Damage a file; the name that must be reported."""
-        content = path.read_bytes()
-        kind = chance.choice(["flip", "flip", "flip", "truncate", "delete", "append", "extra", "swap"])
-        if kind == "flip":
-            changed = bytearray(content)
-            changed[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-            path.write_bytes(changed)
-        elif kind == "truncate":
-            path.write_bytes(content[: chance.randrange(len(content))])
-        elif kind == "delete":
-            path.unlink()
-        elif kind == "append":
-            path.write_bytes(content + bytes([chance.randrange(256)]))
-        elif kind == "swap":
-            other = chance.choice([file for file in files if file.read_bytes() != content])
-            path.write_bytes(other.read_bytes())
-        else:
-            path = path.with_name("zzz")
-            path.write_bytes(b"")
-        return path
-
     for _ in range(1000):
         target = chance.choice(files)
         content = target.read_bytes()
-        damaged = mutate(target)
+        damaged = damage(target, chance, files)
         with pytest.raises(CheckpointError) as caught:
             open_checkpoint(step)
         assert damaged.relative_to(step).as_posix() in str(caught.value)

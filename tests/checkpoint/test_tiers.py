@@ -7,8 +7,9 @@ import pytest
 import torch
 from checkpoint_tools import fragments_of, on_ranks
 
-from megatron_ds.checkpoint.store import CheckpointStore, SaveReport, SingleProcess, open_checkpoint
+from megatron_ds.checkpoint.store import CheckpointStore, SingleProcess, open_checkpoint
 from megatron_ds.checkpoint.tiers import Followed, Outcome, Snapshot, Tier, TieredSaver
+from megatron_ds.checkpoint.writing import Content, SaveReport
 from megatron_ds.errors import CheckpointError
 
 
@@ -29,7 +30,7 @@ class Recorder:
 
 
 def snapshot(step, tensor):
-    return Snapshot(step, fragments_of(tensor), rank_state={}, trainer={}, config={}, extra_files={})
+    return Snapshot(step, fragments_of(tensor), Content(rank_state={}, trainer={}, config={}))
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_ranks_meet_on_the_thread_of_the_store(tmp_path):
             part = fragments_of(values)[0]
             mine = type(part)("w", "weight", (18,), ((0, 18),), 6 * peers.rank, part.tensor)
             time.sleep(0.01 * peers.rank)
-            saver.save(Snapshot(step, [mine], {}, {"step": step}, {}, {}), {"durable"})
+            saver.save(Snapshot(step, [mine], Content(rank_state={}, trainer={"step": step}, config={})), {"durable"})
         saver.close()
         return [(outcome.step, outcome.error) for outcome in saver.outcomes() if isinstance(outcome, Outcome)]
 

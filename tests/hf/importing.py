@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -81,3 +82,15 @@ def difference(model: PreTrainedModel, decoder: Decoder, token_BS: Tensor) -> fl
     """Largest difference of the logits over the true vocabulary."""
     logits_BSV = decoder(token_BS)[..., : decoder.config.vocab_size]
     return (model(token_BS).logits - logits_BSV).abs().max().item()
+
+
+def stock_fixture(variants: dict[str, tuple[str, dict]]):
+    """A fixture for each of the named (family, settings): family, directory, the stock model that was saved there."""
+
+    @pytest.fixture(scope="module", params=variants.values(), ids=variants.keys())
+    def stock(request, tmp_path_factory):
+        family, settings = request.param
+        directory = tmp_path_factory.mktemp("stock") / "model"
+        return family, directory, save_stock(directory, family, **settings)
+
+    return stock

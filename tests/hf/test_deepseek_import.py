@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from deepseek_reference import Reference
-from importing import difference, edit_config, imported, save_stock
+from importing import difference, edit_config, imported, save_stock, stock_fixture
 from reexporting import reexport, same_bytes, tensors_of
 from safetensors.torch import save_file
 from tiny_checkpoint import MODELS, export_tiny, random_tokens, save_tiny
@@ -45,12 +45,7 @@ VARIANTS = {
 HALVES = SIZES | GROUPS | {"first_k_dense_replace": 2, "rope_interleave": False}
 
 
-@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())
-def stock(request, tmp_path_factory):
-    """(family, directory, the stock model that was saved there)."""
-    family, settings = request.param
-    directory = tmp_path_factory.mktemp("stock") / "model"
-    return family, directory, save_stock(directory, family, **settings)
+stock = stock_fixture(VARIANTS)
 
 
 def test_our_decoder_computes_the_stock_models_logits(stock):

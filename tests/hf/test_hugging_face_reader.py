@@ -305,7 +305,7 @@ def test_another_model_than_the_runs(llama, settings, message):
         ({"model_type": None}, "names no model_type"),
         ({"attention_bias": True}, "attention_bias is true, but megatron_ds has only false"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu", but megatron_ds has only "silu"'),
-        ({"hidden_size": "48"}, 'hidden_size is "48", but must be an integer above 0'),
+        ({"hidden_size": "48"}, 'hidden_size is "48", but must be an integer, 1 or more'),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type is longrope, but megatron_ds has only default"),
         ({"rope_parameters": {"rope_type": "linear"}}, "gives rope_scaling.linear.factor"),
         ({"rope_parameters": {"full_attention": {}}}, "not one set of settings for all layers"),

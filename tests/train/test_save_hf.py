@@ -81,9 +81,9 @@ def test_the_new_one_is_whole_before_the_old_one_goes(tmp_path, save, monkeypatc
     def watch(path):
         seen.append((path.name, (tmp_path / "hf" / "global_step2" / "export_report.json").exists()))
 
-    monkeypatch.setattr(save_hf, "remove", watch)
+    monkeypatch.setattr(save_hf, "discard", watch)
     saver.after_save(save(2))
-    assert seen == [(".global_step1.old", True)]
+    assert seen == [("global_step1", True)]
 
 
 @pytest.mark.usefixtures("quick")

@@ -258,17 +258,17 @@ def parse_llama(config: dict[str, Any]) -> dict[str, Any]:
     ConfigError naming the key that is missing, or that asks for what our model has not.
     """
     require(config, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
-    heads = needed(config, "num_attention_heads")
+    heads = whole_number(config, "num_attention_heads")
     return {
-        "num_layers": needed(config, "num_hidden_layers"),
-        "hidden_size": needed(config, "hidden_size"),
-        "ffn_hidden_size": needed(config, "intermediate_size"),
+        "num_layers": whole_number(config, "num_hidden_layers"),
+        "hidden_size": whole_number(config, "hidden_size"),
+        "ffn_hidden_size": whole_number(config, "intermediate_size"),
         "num_attention_heads": heads,
         "num_query_groups": given(config, "num_key_value_heads", heads),
         "add_qkv_bias": False,
-        "kv_channels": given(config, "head_dim", needed(config, "hidden_size") // heads),
-        "max_position_embeddings": needed(config, "max_position_embeddings"),
-        "vocab_size": needed(config, "vocab_size"),
+        "kv_channels": given(config, "head_dim", whole_number(config, "hidden_size") // heads),
+        "max_position_embeddings": whole_number(config, "max_position_embeddings"),
+        "vocab_size": whole_number(config, "vocab_size"),
         "norm_epsilon": given(config, "rms_norm_eps", 1e-6),
         "untie_embeddings_and_output_weights": not given(config, "tie_word_embeddings", False),
         **parse_rope(config),
@@ -281,11 +281,15 @@ def given(config: dict[str, Any], key: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def needed(config: dict[str, Any], key: str) -> Any:
-    """The value of a key, a number above 0; ConfigError without one."""
+def whole_number(config: dict[str, Any], *keys: str, least: int = 1) -> int:
+    """A setting's value under the first of its spellings that is there.
+
+    Raises ConfigError naming the last, the family's own, when the value is no integer of at least ``least``.
+    """
+    key = next((key for key in keys if config.get(key) is not None), keys[-1])
     value = config.get(key)
-    if not isinstance(value, int) or value <= 0:
-        raise ConfigError(f"{key} is {json.dumps(value)}, but must be an integer above 0")
+    if not isinstance(value, int) or value < least:
+        raise ConfigError(f"{key} is {json.dumps(value)}, but must be an integer, {least} or more")
     return value
 
 
@@ -313,7 +317,7 @@ def parse_rope(config: dict[str, Any]) -> dict[str, Any]:
     if kind not in ROPE_KINDS:
         raise ConfigError(f"rope_type is {kind}, but megatron_ds has only {', '.join(ROPE_KINDS)}")
     require(config | rope, {"partial_rotary_factor": 1.0, "truncate": True})
-    longest = needed(config, "max_position_embeddings")
+    longest = whole_number(config, "max_position_embeddings")
     name = "original_max_position_embeddings"
     original = given(config, name, given(rope, name, longest))
     known = {k: v for k, v in rope.items() if v is not None} | {name: original}

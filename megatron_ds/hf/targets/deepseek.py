@@ -11,7 +11,14 @@ from typing import Any
 from megatron_ds.config.model_schema import LatentAttention, ModelConfig, YarnRope
 from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.errors import ConfigError
-from megatron_ds.hf.targets.common import SpecialIds, parse_llama, require, rotary_reasons, stock_config
+from megatron_ds.hf.targets.common import (
+    SpecialIds,
+    parse_llama,
+    require,
+    rotary_reasons,
+    stock_config,
+    whole_number,
+)
 from megatron_ds.hf.targets.experts import (
     EXPERT_LAYER_NAMES,
     SHARED_EXPERT_NAMES,
@@ -19,10 +26,18 @@ from megatron_ds.hf.targets.experts import (
     expert_width,
     parse_layers,
     parse_shared,
-    whole_number,
 )
 
 LATENT_NORM_EPSILON = 1e-6
+
+LATENT_DEFAULTS = {
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+"""What both families take for keys of the attention that are not there."""
 
 DEEPSEEK_LAYER_NAMES = (
     EXPERT_LAYER_NAMES

@@ -11,6 +11,7 @@ from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.hf.targets.common import SpecialIds, Target, head_width_reasons, require
 from megatron_ds.hf.targets.deepseek import (
     DEEPSEEK_LAYER_NAMES,
+    LATENT_DEFAULTS,
     deepseek_config,
     latent_reasons,
     layer_reasons,
@@ -18,12 +19,7 @@ from megatron_ds.hf.targets.deepseek import (
 )
 from megatron_ds.hf.targets.experts import bias_reasons, one_of, parse_groups
 
-DEFAULTS = {
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
+DEFAULTS = LATENT_DEFAULTS | {
     "n_routed_experts": 64,
     "moe_intermediate_size": 1407,
     "n_shared_experts": 2,

@@ -10,22 +10,25 @@ from typing import Any
 
 from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
-from megatron_ds.hf.targets.common import MtpLayout, SpecialIds, Target, given, require
+from megatron_ds.hf.targets.common import (
+    MtpLayout,
+    SpecialIds,
+    Target,
+    given,
+    require,
+    whole_number,
+)
 from megatron_ds.hf.targets.deepseek import (
     DEEPSEEK_LAYER_NAMES,
+    LATENT_DEFAULTS,
     deepseek_config,
     latent_reasons,
     layer_reasons,
     parse_deepseek,
 )
-from megatron_ds.hf.targets.experts import parse_groups, whole_number
+from megatron_ds.hf.targets.experts import parse_groups
 
-DEFAULTS = {
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
+DEFAULTS = LATENT_DEFAULTS | {
     "n_routed_experts": 256,
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 2048,

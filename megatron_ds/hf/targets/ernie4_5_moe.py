@@ -16,6 +16,7 @@ from megatron_ds.hf.targets.common import (
     require,
     rotary_reasons,
     stock_config,
+    whole_number,
     window_reasons,
 )
 from megatron_ds.hf.targets.experts import (
@@ -27,7 +28,6 @@ from megatron_ds.hf.targets.experts import (
     parse_layers,
     parse_shared,
     plain_router_reasons,
-    whole_number,
 )
 
 DEFAULTS = {

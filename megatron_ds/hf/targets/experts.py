@@ -10,7 +10,7 @@ from typing import Any
 from megatron_ds.config.model_schema import ModelConfig
 from megatron_ds.config.moe_schema import MoEConfig
 from megatron_ds.errors import ConfigError
-from megatron_ds.hf.targets.common import LAYER_NAMES, attention_reasons
+from megatron_ds.hf.targets.common import LAYER_NAMES, attention_reasons, whole_number
 
 EXPERT_LAYER_NAMES = LAYER_NAMES | {
     "mlp.router.weight": "mlp.gate.weight",
@@ -88,18 +88,6 @@ def shared_expert_reasons(family: str, moe: MoEConfig) -> list[str]:
 
 
 # --- reading a config.json ------------------------------------------------------------------------------------------
-
-
-def whole_number(config: dict[str, Any], *keys: str, least: int = 1) -> int:
-    """A setting's value under the first of its spellings that is there.
-
-    Raises ConfigError naming the last, the family's own, when the value is no integer of at least ``least``.
-    """
-    key = next((key for key in keys if config.get(key) is not None), keys[-1])
-    value = config.get(key)
-    if not isinstance(value, int) or value < least:
-        raise ConfigError(f"{key} is {json.dumps(value)}, but must be an integer, {least} or more")
-    return value
 
 
 def one_of(config: dict[str, Any], key: str, known: tuple[str, ...]) -> str:

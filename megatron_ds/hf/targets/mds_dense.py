@@ -6,7 +6,7 @@ It holds soft-gate models only. Everything else has a stock target, which needs 
 from typing import Any
 
 from megatron_ds.config.model_schema import ModelConfig
-from megatron_ds.hf.targets.common import SpecialIds, Target, given, llama_config, needed, parse_llama
+from megatron_ds.hf.targets.common import SpecialIds, Target, given, llama_config, parse_llama, whole_number
 
 
 def limits(model: ModelConfig, moe: None) -> list[str]:
@@ -38,7 +38,7 @@ def config(model: ModelConfig, moe: None, ids: SpecialIds, dtype: str) -> dict[s
 def parse(config: dict[str, Any]) -> dict[str, Any]:
     """The model section for the config.json of an mds_dense."""
     own = {
-        "attention": {"kind": "soft_gate", "window": needed(config, "local_window") - 1},
+        "attention": {"kind": "soft_gate", "window": whole_number(config, "local_window") - 1},
         "qk_layernorm": given(config, "use_qk_norm", True),
         "rotary_interleaved": given(config, "rope_interleaved", False),
     }

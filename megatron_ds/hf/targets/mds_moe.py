@@ -20,6 +20,7 @@ from megatron_ds.hf.targets.common import (
     parse_llama,
     parse_windows,
     sliding_window,
+    whole_number,
 )
 from megatron_ds.hf.targets.experts import (
     EXPERT_LAYER_NAMES,
@@ -30,7 +31,6 @@ from megatron_ds.hf.targets.experts import (
     one_of,
     parse_groups,
     parse_layers,
-    whole_number,
 )
 
 DEFAULTS = {

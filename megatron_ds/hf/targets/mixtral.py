@@ -19,6 +19,7 @@ from megatron_ds.hf.targets.common import (
     rotary_reasons,
     sliding_window,
     stock_config,
+    whole_number,
 )
 from megatron_ds.hf.targets.experts import (
     bias_reasons,
@@ -28,7 +29,6 @@ from megatron_ds.hf.targets.experts import (
     normalised_weight_reasons,
     plain_router_reasons,
     shared_expert_reasons,
-    whole_number,
 )
 
 DEFAULTS = {

@@ -19,6 +19,7 @@ from megatron_ds.hf.targets.common import (
     rotary_reasons,
     sliding_window,
     stock_config,
+    whole_number,
 )
 from megatron_ds.hf.targets.experts import (
     EXPERT_LAYER_NAMES,
@@ -29,7 +30,6 @@ from megatron_ds.hf.targets.experts import (
     parse_layers,
     plain_router_reasons,
     shared_expert_reasons,
-    whole_number,
 )
 
 DEFAULTS = {
