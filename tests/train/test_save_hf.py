@@ -137,7 +137,7 @@ def test_an_export_that_cannot_be_removed_is_one_line(tmp_path, save, monkeypatc
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(save_hf, "remove", refuse)
+    monkeypatch.setattr(save_hf, "discard", refuse)
     with pytest.raises(CheckpointError, match=r"global_step2 to .*/hf failed: .*Permission denied$"):
         saver.after_save(save(2))
 
